@@ -1,0 +1,1 @@
+"""Who computes an answer that no level remembers."""

@@ -1,0 +1,42 @@
+"""The contract every backend keeps (`anaphora.testing.backends` checks it)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from anaphora.types import Delta, ModelInfo, Request, Scope
+
+
+class Backend(Protocol):
+    async def start(self) -> None:
+        """Begin whatever runs behind it. Returns once requests may be sent (they may still wait for readiness)."""
+        ...
+
+    def ready(self) -> bool:
+        """True while it can answer now (model loaded, process alive)."""
+        ...
+
+    async def models(self) -> tuple[ModelInfo, ...]: ...
+
+    def run(self, request: Request) -> AsyncIterator[Delta]:
+        """Compute one answer: deltas in the order `types.Delta` states.
+
+        Closing the iterator (`aclose`) cancels the computation and frees its place at once. Raises a `ServiceError` before
+        the first delta where the request cannot be taken, or between deltas where the computation is lost.
+        """
+        ...
+
+    async def count_tokens(self, request: Request) -> int:
+        """Prompt tokens of `request` as this backend would see them; independent of any cache's state."""
+        ...
+
+    async def forget(self, scope: Scope) -> int:
+        """Drop cached state of `scope`; returns how many blocks or entries went."""
+        ...
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters and gauges by name (flat; numbers and strings only). Keys are documented in `docs/http-api.md`."""
+        ...
+
+    async def aclose(self) -> None: ...

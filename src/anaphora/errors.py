@@ -1,0 +1,86 @@
+"""Every exception Anaphora raises on purpose.
+
+AnaphoraError
+├── ConfigError                 the configuration or the command line is wrong; says what to change
+└── ServiceError                ends a request; carries an HTTP status, rendered by `wire` in the caller's dialect
+    ├── InvalidRequest     400  bad JSON, bad field (`param` names it), unsupported feature
+    │   └── ContextTooLong 400  the prompt (plus max_tokens) does not fit the model
+    ├── Unauthenticated    401  no or unknown API key
+    ├── PermissionDenied   403  the key may not do this
+    ├── NotFound           404  no such path or object
+    │   └── ModelNotFound  404  no such model
+    ├── TooLarge           413  the body is larger than the limit
+    ├── QueueFull          429  too many requests are waiting; `retry_after_s` says when to come back
+    ├── BackendFailed      500  the computation failed in a way a retry may not mend
+    ├── EngineDied         503  the engine went away under the request; it is coming back, retry
+    └── NotCached          504  `only-if-cached` and nothing cached (RFC 9111 §5.2.1.7)
+"""
+
+from __future__ import annotations
+
+
+class AnaphoraError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(AnaphoraError):
+    """The configuration cannot be used. The message names the setting and what to do."""
+
+
+class ServiceError(AnaphoraError):
+    """Ends one request. Subclasses fix `status`; `param`, `code` and `retry_after_s` are optional detail for the client."""
+
+    status = 500
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(ServiceError):
+    status = 400
+
+
+class ContextTooLong(InvalidRequest):
+    pass
+
+
+class Unauthenticated(ServiceError):
+    status = 401
+
+
+class PermissionDenied(ServiceError):
+    status = 403
+
+
+class NotFound(ServiceError):
+    status = 404
+
+
+class ModelNotFound(NotFound):
+    pass
+
+
+class TooLarge(ServiceError):
+    status = 413
+
+
+class QueueFull(ServiceError):
+    status = 429
+
+
+class BackendFailed(ServiceError):
+    status = 500
+
+
+class EngineDied(ServiceError):
+    status = 503
+
+
+class NotCached(ServiceError):
+    status = 504

@@ -1,0 +1,1 @@
+"""What leaves first. Pure, synchronous, keys only: sizes and bytes belong to the caller."""

@@ -1,0 +1,1 @@
+"""Where bytes lie. Every tier has the same four verbs, batched."""

@@ -1,0 +1,249 @@
+"""The words everything else is written in: frozen structs without behaviour.
+
+Usage counts use Anthropic's words everywhere inside Anaphora; `wire/` translates them once for each dialect:
+`input_tokens` are prompt tokens that were computed (neither read from nor written to a cache at a price),
+`cache_read_input_tokens` are prompt tokens whose KV was really reused. The prompt is the sum of the three input counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NewType
+
+import msgspec
+
+Tenant = NewType("Tenant", str)
+"""Who owns an entry. Comes from the API key, never from a client's header."""
+
+Key = NewType("Key", bytes)
+"""32 bytes (SHA-256) that name one cached thing of one tenant. Made only in `keys`."""
+
+BlockHash = NewType("BlockHash", bytes)
+"""32 bytes (SHA-256) that name one KV block: its parent, its tokens, and the namespace they live in."""
+
+LOCAL_TENANT = Tenant("local")
+"""The one tenant of a server without configured API keys."""
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
+
+
+# -- what is asked -----------------------------------------------------------------------------------------------------
+
+
+class TextPart(msgspec.Struct, frozen=True, tag="text", omit_defaults=True):
+    text: str
+
+
+class ThinkingPart(msgspec.Struct, frozen=True, tag="thinking", omit_defaults=True):
+    text: str
+    signature: str = ""
+
+
+class ToolUsePart(msgspec.Struct, frozen=True, tag="tool_use", omit_defaults=True):
+    """The model asks for a tool. `arguments` is JSON text, exactly as it was written."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolResultPart(msgspec.Struct, frozen=True, tag="tool_result", omit_defaults=True):
+    tool_use_id: str
+    content: tuple[TextPart | MediaPart, ...]
+    is_error: bool = False
+
+
+class MediaPart(msgspec.Struct, frozen=True, tag="media", omit_defaults=True):
+    """An image, a sound or a document. `source` is the dialect-neutral {"base64": ...} | {"url": ...} | {"file_id": ...}."""
+
+    kind: Literal["image", "audio", "document"]
+    media_type: str
+    source: dict[str, str]
+    options: dict[str, Any] = {}
+
+
+Part = TextPart | ThinkingPart | ToolUsePart | ToolResultPart | MediaPart
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tool results are parts of a user message, as in Anthropic's dialect; `wire` folds OpenAI's `tool` role into it."""
+
+    role: Role
+    content: tuple[Part, ...]
+    name: str | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    """Fields of the definition that Anaphora does not know (`strict`, ...): kept, and part of the key."""
+
+
+class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    mode: Literal["auto", "none", "any", "tool"] = "auto"
+    name: str | None = None
+    parallel: bool = True
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """None means that the request did not say: the backend's own default holds."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+    """None: no log-probabilities. 0..20: of the chosen token and that many most likely alternatives."""
+
+
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One question, whatever dialect it came in. Either `messages` or `prompts` is set.
+
+    `extra` holds body fields that Anaphora does not interpret; they are part of the key. Fields on the key's deny-list
+    (`stream`, `metadata`, `user`, ...) are not kept here, apart from those the path needs.
+    """
+
+    model: str
+    tenant: Tenant = LOCAL_TENANT
+    messages: tuple[Message, ...] = ()
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    """Raw prompts of `/v1/completions`: text or token ids. Choice index = prompt index * n + i."""
+    echo: bool = False
+    """`/v1/completions`: put the prompt in front of the answer."""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    """None: up to the context's end. 0: pre-warm, prefill only."""
+    stream: bool = False
+    cache_salt: str | None = None
+    """Set by the client: requests with different salts share nothing, in no level."""
+    extra: dict[str, Any] = {}
+
+
+# -- what is answered --------------------------------------------------------------------------------------------------
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens of one request. Invariant 6: a read that had to be recomputed is not a read."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    kv_reused_tokens: int = 0
+    """Prompt tokens whose KV the engine took from its cache, whatever the dialect's accounting says."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """All tokens of the prompt: computed, read and written."""
+        return self.input_tokens + self.cache_read_input_tokens + self.cache_creation_input_tokens
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token: str
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token: str
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
+    """First delta of every answer: the input side of usage is known before the first token."""
+
+    model: str
+    usage: Usage
+
+
+class TextDelta(msgspec.Struct, frozen=True, tag="text", array_like=True):
+    choice: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class ThinkingDelta(msgspec.Struct, frozen=True, tag="thinking", array_like=True):
+    choice: int
+    text: str
+    signature: str = ""
+
+
+class ToolUseDelta(msgspec.Struct, frozen=True, tag="tool_use", array_like=True):
+    """`index` counts the tool calls of one choice from 0. `id` and `name` are set on a call's first delta only."""
+
+    choice: int
+    index: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+class Finish(msgspec.Struct, frozen=True, tag="finish", array_like=True):
+    choice: int
+    reason: FinishReason
+    stop_sequence: str | None = None
+
+
+class End(msgspec.Struct, frozen=True, tag="end", array_like=True):
+    """Last delta of a clean answer, exactly one. An answer without it was cut and is never learned."""
+
+    usage: Usage
+    compute_s: float = 0.0
+    """Seconds the backend spent on this answer: what a later hit saves."""
+
+
+Delta = Begin | TextDelta | ThinkingDelta | ToolUseDelta | Finish | End
+"""Order: Begin, then per choice its text/thinking/tool deltas and one Finish (choices may interleave), then End."""
+
+
+class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
+    content: tuple[TextPart | ThinkingPart | ToolUsePart, ...]
+    reason: FinishReason
+    stop_sequence: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A finished answer, in no dialect: what the exact level remembers. Ids and `created` are made when it is rendered."""
+
+    model: str
+    choices: tuple[Choice, ...]
+    usage: Usage
+    compute_s: float = 0.0
+
+
+# -- about ownership and freshness -------------------------------------------------------------------------------------
+
+
+class Scope(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What to forget: everything that matches all fields that are set. All None means everything."""
+
+    tenant: Tenant | None = None
+    tag: str | None = None
+    model: str | None = None
+
+
+class CacheControl(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Request directives of RFC 9111 §5.2.1 that Anaphora honours for answers."""
+
+    no_store: bool = False
+    no_cache: bool = False
+    only_if_cached: bool = False
+    max_age_s: float | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    id: str
+    created_s: int = 0
+    max_input_tokens: int = 0
+    fingerprint: str = ""
+    """Hex digest over weights, tokenizer, template, dtype and block layout: changes when the answers may."""
