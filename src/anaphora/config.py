@@ -1,0 +1,364 @@
+"""The shape of `anaphora.toml`, and where each value came from.
+
+A setting has a path (`server.port`), a default, a long variable (`ANAPHORA_SERVER_PORT`), perhaps a short one
+(`ANAPHORA_PORT`), and perhaps a flag of `anaphora serve`. Precedence: flag, environment, file, default. Whatever cannot be
+understood is a `ConfigError` that names the setting, where it was set, and, for a misspelling, the nearest right spelling.
+
+Names of plug-ins (`engine.kind`, `engine.policy`) are plain strings here: `build` looks them up in the registry.
+Every setting is described in `docs/configuration.md` (a test checks that none is missing there).
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from anaphora.errors import ConfigError
+from anaphora.types import Tenant
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+Size = Annotated[int, msgspec.Meta(ge=0, description="bytes; in text also as '512MiB', '2GiB', '500MB'")]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+def default_cache_dir() -> str:
+    """`$XDG_CACHE_HOME/anaphora`, else `~/.cache/anaphora`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return str((Path(base) if base else Path("~/.cache").expanduser()) / "anaphora")
+
+
+class ApiKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One API key and the tenant it belongs to. Exactly one of `key` and `key_env` (the variable that holds it) is set."""
+
+    tenant: Name
+    key: str = ""
+    key_env: str = ""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    host: Name = "127.0.0.1"
+    port: Port = 8080
+    workers: Positive = 1
+    """Gateway processes. They share one engine process and one cache directory."""
+    max_body: Size = 32 * MIB
+    keys: tuple[ApiKey, ...] = ()
+    """None: everybody is the one local tenant, and only loopback addresses may be listened on."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    kind: Name = "transformers"
+    model: Name = "smollm2"
+    """`smollm2`, a local folder, a GGUF file, or a Hugging Face id."""
+    served_name: str = ""
+    """The id clients see and send. Empty: taken from `model`."""
+    aliases: tuple[Name, ...] = ()
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: Name = "auto"
+    threads: Natural = 0
+    """0: as many as the machine has physical cores."""
+    kv_memory: Size = 2 * GIB
+    block_size: Positive = 16
+    """Tokens per KV block."""
+    policy: Name = "lru"
+    max_num_seqs: Positive = 16
+    """Requests that compute at the same time; more wait."""
+    max_queue: Natural = 256
+    """Requests that may wait; more are refused with 429."""
+    prefill_chunk: Positive = 512
+    """Prompt tokens computed per step: how long a new prompt may hold up the streams of others."""
+
+
+class Buckets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Keep up to `buckets` different sampled answers per question."""
+
+    buckets: Positive
+
+
+class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: bool = True
+    dir: Name = msgspec.field(default_factory=default_cache_dir)
+    ram: Size = 256 * MIB
+    disk: Size = 4 * GIB
+    """0: answers are kept in memory only."""
+    ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Seconds an answer stays valid. 0: until it is evicted."""
+    sampled: Literal["reuse", "never"] | Buckets = "reuse"
+    """What becomes of answers drawn at random (temperature above 0, no seed)."""
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings of one process. `Config()` is the default configuration; it survives `msgspec.json` round trips."""
+
+    server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
+    cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One leaf of `Config`."""
+
+    path: str
+    type: Any
+    default: Any
+    variables: tuple[str, ...]
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A configuration with the source of each setting: "flag --port", "environment ANAPHORA_PORT", "file PATH", "default"."""
+
+    config: Config
+    sources: dict[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+FILE_NAME = "anaphora.toml"
+SHORT_VARIABLES = {
+    "server.host": "ANAPHORA_HOST",
+    "server.port": "ANAPHORA_PORT",
+    "server.workers": "ANAPHORA_WORKERS",
+    "engine.kind": "ANAPHORA_ENGINE",
+    "engine.model": "ANAPHORA_MODEL",
+    "engine.dtype": "ANAPHORA_DTYPE",
+    "engine.kv_memory": "ANAPHORA_KV_MEMORY",
+}
+OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA_API_KEY")
+"""Read elsewhere (the file's path; test data; where `chat` and `stats` connect to), so not a misspelling."""
+
+
+def settings() -> tuple[Setting, ...]:
+    """Every setting, in the order of the file."""
+    found = []
+    defaults = Config()
+    for section in Config.__struct_fields__:
+        values = getattr(defaults, section)
+        hints = get_type_hints(type(values), include_extras=True)
+        for name in values.__struct_fields__:
+            path = f"{section}.{name}"
+            long = f"ANAPHORA_{section}_{name}".upper()
+            variables = (SHORT_VARIABLES[path], long) if path in SHORT_VARIABLES else (long,)
+            found.append(Setting(path, hints[name], getattr(values, name), variables))
+    return tuple(found)
+
+
+def load(
+    file: str | os.PathLike[str] | None = None,
+    flags: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Read flags (path → text), environment and file, and check the whole. Raises ConfigError.
+
+    `file` None: `ANAPHORA_CONFIG`, else `anaphora.toml` in the working directory if there is one.
+    """
+    environ = os.environ if environ is None else environ
+    chosen = {path: (raw, f"flag --{_flag_name(path)}") for path, raw in (flags or {}).items()}
+    for path, entry in _from_environment(environ).items():
+        chosen.setdefault(path, entry)
+    source = _find_file(file, environ)
+    if source is not None:
+        for path, raw in _from_file(source).items():
+            chosen.setdefault(path, (raw, f"file {source}"))
+
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    for setting in settings():
+        section, _, name = setting.path.partition(".")
+        sources[setting.path] = "default"
+        if setting.path in chosen:
+            raw, sources[setting.path] = chosen[setting.path]
+            values.setdefault(section, {})[name] = _value(setting, raw, sources[setting.path])
+    config = Config(
+        server=ServerConfig(**values.get("server", {})),
+        engine=EngineConfig(**values.get("engine", {})),
+        cache=CacheConfig(**values.get("cache", {})),
+    )
+    _check(config, environ)
+    return Loaded(config, sources, tuple(_unknown_variables(environ)))
+
+
+def api_keys(config: Config, environ: Mapping[str, str] | None = None) -> dict[str, Tenant]:
+    """Secret → tenant. Empty when no keys are configured. Raises ConfigError for a key that cannot be used."""
+    environ = os.environ if environ is None else environ
+    found: dict[str, Tenant] = {}
+    for index, entry in enumerate(config.server.keys):
+        where = f"server.keys[{index}]"
+        if bool(entry.key) == bool(entry.key_env):
+            raise ConfigError(f"{where}: set exactly one of key and key_env")
+        secret = entry.key or environ.get(entry.key_env, "")
+        if not secret:
+            raise ConfigError(f"{where}: the environment variable {entry.key_env} is not set")
+        if secret in found:
+            raise ConfigError(f"{where}: the same key is configured twice")
+        found[secret] = Tenant(entry.tenant)
+    return found
+
+
+def shown(loaded: Loaded) -> dict[str, dict[str, Any]]:
+    """Path → {"value", "source"}, in plain values, with secrets replaced: for people and logs."""
+    rows = {}
+    for setting in settings():
+        section, _, name = setting.path.partition(".")
+        value = msgspec.to_builtins(getattr(getattr(loaded.config, section), name))
+        if setting.path == "server.keys":
+            value = [{**entry, "key": "(hidden)"} if entry["key"] else entry for entry in value]
+        rows[setting.path] = {"value": value, "source": loaded.sources[setting.path]}
+    return rows
+
+
+def is_loopback(host: str) -> bool:
+    """True where only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "2GiB", "500 MB", "1.5g" or "1024". A bare K, M, G or T is binary. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(ib?|b)?|b)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"expected a size such as 512MiB or 2GiB, got {text!r}")
+    number, prefix, suffix = match.groups()
+    base = 1000 if (suffix or "").lower() == "b" else 1024
+    return int(float(number) * base ** ("kmgt".index(prefix.lower()) + 1 if prefix else 0))
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def _flag_name(path: str) -> str:
+    """`engine.kv_memory` → `kv-memory`: the flags of `serve` are the short variables' names, and `--cache-dir`."""
+    short = SHORT_VARIABLES.get(path, f"ANAPHORA_{path.replace('.', '_')}")
+    return short.removeprefix("ANAPHORA_").lower().replace("_", "-")
+
+
+def _find_file(file: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Path | None:
+    named = file if file is not None else environ.get("ANAPHORA_CONFIG") or None
+    if named is not None:
+        return Path(named).expanduser()
+    beside = Path(FILE_NAME)
+    return beside if beside.is_file() else None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    known = [setting.path for setting in settings()]
+    sections = Config.__struct_fields__
+    flat: dict[str, Any] = {}
+    for section, table in document.items():
+        if section not in sections:
+            # A setting written outside its section is as likely as a misspelt section.
+            problem = f"{path}: unknown key {section}"
+            homes = [path for path in known if path.endswith(f".{section}")]
+            raise _unknown(problem, section, homes or sections, exact=bool(homes))
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section} must be a table ([{section}])")
+        for name, value in table.items():
+            full = f"{section}.{name}"
+            if full not in known:
+                homes = [other for other in known if other.endswith(f".{name}")]
+                raise _unknown(f"{path}: unknown key {full}", full, homes or known, exact=bool(homes))
+            flat[full] = value
+    return flat
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    found = {}
+    for setting in settings():
+        given = [(name, environ[name]) for name in setting.variables if name in environ]
+        if len({text for _, text in given}) > 1:
+            raise ConfigError(f"{' and '.join(name for name, _ in given)} are the same setting with different values")
+        if given:
+            found[setting.path] = (given[0][1], f"environment {given[0][0]}")
+    return found
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> Iterable[str]:
+    known = [*OTHER_VARIABLES, *(name for setting in settings() for name in setting.variables)]
+    for name in sorted(environ):
+        if name.startswith("ANAPHORA_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            yield f"unknown environment variable {name}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _unknown(problem: str, name: str, known: Iterable[str], *, exact: bool = False) -> ConfigError:
+    near = list(known)[:1] if exact else difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return ConfigError(f"{problem}; did you mean {near[0]}?" if near else problem)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def _value(setting: Setting, raw: Any, source: str) -> Any:
+    """`raw` as the setting's type. Text from flags and variables is read leniently ("8080" is a number); a file's is not."""
+    from_text = not source.startswith("file ")
+    try:
+        if setting.path == "cache.dir" and isinstance(raw, str):
+            raw = os.path.expanduser(raw)
+        elif setting.type == Size and isinstance(raw, str):
+            raw = parse_size(raw)
+        elif from_text:
+            raw = _structured(setting, raw)
+        return msgspec.convert(raw, setting.type, strict=not from_text)
+    except msgspec.ValidationError as error:
+        raise _wrong_value(setting, source, str(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"{setting.path}: {error} (from {source})") from error
+
+
+def _structured(setting: Setting, text: str) -> Any:
+    """Lists are comma-separated in text; keys are `tenant=secret`; `cache.sampled` may be `buckets=4`."""
+    if setting.path == "server.keys":
+        pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+        return [{"tenant": tenant.strip(), "key": key.strip()} for tenant, _, key in pairs]
+    if setting.path == "engine.aliases":
+        return [item.strip() for item in text.split(",") if item.strip()]
+    if setting.path == "cache.sampled" and text.startswith("buckets="):
+        return {"buckets": text.removeprefix("buckets=")}
+    return text
+
+
+def _wrong_value(setting: Setting, source: str, message: str) -> ConfigError:
+    """msgspec's message, with the setting's own path in place of its `$`."""
+    text, _, inner = message.partition(" - at `$")
+    where = setting.path + inner.removesuffix("`")
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", text)
+    if unknown:
+        fields = ApiKey.__struct_fields__ if setting.path == "server.keys" else Buckets.__struct_fields__
+        return _unknown(f"unknown key {where}.{unknown[1]} (from {source})", unknown[1], fields)
+    choices = _choices(setting.type)
+    if choices and text.startswith("Invalid enum value"):
+        text = f"expected one of {', '.join(choices)}, got{text.removeprefix('Invalid enum value')}"
+    return ConfigError(f"{where}: {text[:1].lower()}{text[1:].replace('`', '')} (from {source})")
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words a setting takes: of `Literal[...]`, alone or in a union."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [word for part in get_args(hint) for word in _choices(part)]
+
+
+def _check(config: Config, environ: Mapping[str, str]) -> None:
+    """Rules that concern more than one setting."""
+    if not api_keys(config, environ) and not is_loopback(config.server.host):
+        raise ConfigError(
+            f"server.host: without API keys only a loopback address may be listened on, not {config.server.host}; "
+            "add [[server.keys]] or use 127.0.0.1"
+        )
