@@ -184,7 +184,7 @@ def load(
         cache=CacheConfig(**values.get("cache", {})),
     )
     _check(config, environ)
-    return Loaded(config, sources, tuple(_unknown_variables(environ)))
+    return Loaded(config, sources, tuple(_unknown_variables(environ, config)))
 
 
 def api_keys(config: Config, environ: Mapping[str, str] | None = None) -> dict[str, Tenant]:
@@ -232,6 +232,14 @@ def parse_size(text: str) -> int:
     number, prefix, suffix = match.groups()
     base = 1000 if (suffix or "").lower() == "b" else 1024
     return int(float(number) * base ** ("kmgt".index(prefix.lower()) + 1 if prefix else 0))
+
+
+def format_size(size: int) -> str:
+    """The shortest exact text that `parse_size` reads back: 2147483648 → "2GiB"."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size and size % unit == 0:
+            return f"{size // unit}{name}"
+    return str(size)
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -289,8 +297,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _unknown_variables(environ: Mapping[str, str]) -> Iterable[str]:
-    known = [*OTHER_VARIABLES, *(name for setting in settings() for name in setting.variables)]
+def _unknown_variables(environ: Mapping[str, str], config: Config) -> Iterable[str]:
+    secrets = (key.key_env for key in config.server.keys)
+    known = [*OTHER_VARIABLES, *secrets, *(name for setting in settings() for name in setting.variables)]
     for name in sorted(environ):
         if name.startswith("ANAPHORA_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)

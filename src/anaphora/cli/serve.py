@@ -1,0 +1,48 @@
+"""`anaphora serve`: run the server until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from anaphora.cli.parsing import Commands, add_command, add_config_flag
+from anaphora.config import load
+
+FLAGS = (
+    ("server.host", "--host", "HOST", "address to listen on; not a loopback address only with API keys"),
+    ("server.port", "--port", "PORT", "port to listen on"),
+    ("server.workers", "--workers", "N", "gateway processes"),
+    ("engine.model", "--model", "MODEL", "smollm2, a local folder, a GGUF file, or a Hugging Face id"),
+    ("engine.kind", "--engine", "KIND", "transformers, or echo (answers with its own prompt; for trying things out)"),
+    ("engine.kv_memory", "--kv-memory", "SIZE", "memory for reusable KV blocks, such as 2GiB"),
+    ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
+    ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),
+)
+"""(setting, flag, placeholder, help)."""
+
+EXAMPLES = """\
+  anaphora serve                                   SmolLM2 on http://127.0.0.1:8080
+  anaphora serve --model ./my-model --port 9000    a model folder of your own
+  anaphora serve --engine echo                     without a model
+"""
+
+
+def register(commands: Commands) -> None:
+    parser = add_command(commands, "serve", run, summary="serve a model over HTTP", examples=EXAMPLES)
+    add_config_flag(parser)
+    for setting, flag, placeholder, text in FLAGS:
+        parser.add_argument(flag, dest=setting, metavar=placeholder, help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns when the server was stopped. Raises ConfigError for settings it cannot start with."""
+    given = vars(args)
+    flags = {setting: given[setting] for setting, *_ in FLAGS if given[setting] is not None}
+    loaded = load(args.config, flags)
+    for warning in loaded.warnings:
+        print(f"anaphora: warning: {warning}", file=sys.stderr)
+
+    from anaphora.server.app import serve
+
+    serve(loaded.config)
+    return 0
