@@ -1,0 +1,113 @@
+"""Attention for packed batches over the KV arena: one registered function serves every transformers model.
+
+A batch packs the tokens of many sequences in one row of length T. Linear layers run over all of them at once; here each
+sequence's queries meet that sequence's own keys. Three cases, chosen by segment:
+
+- one new token (decode): the query heads that share a KV head become query rows of one small attention over the KV heads,
+  so that no head is ever repeated in memory;
+- a prompt from its first token: plain causal attention;
+- new tokens over earlier ones: on CPU, attention over the past without a mask and over the new tokens with the causal
+  flag, merged by their log-sum-exp (the kernels skip what a mask would make them compute); elsewhere torch's own
+  lower-right causal bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from anaphora.kv.pool import KVPool
+
+NAME = "anaphora"
+"""The attention implementation's name in transformers' registry."""
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A run of new tokens of one sequence: batch rows `first .. first+num_new-1`, after `num_past` tokens in the arena."""
+
+    first: int
+    num_new: int
+    extent: int
+    """Arena position of the sequence's token 0."""
+    num_past: int
+
+
+class PackedAttention:
+    """Holds what the attention function needs for the batch now in flight. One engine loop, one batch at a time."""
+
+    def __init__(self, pool: KVPool | None = None) -> None:
+        self.pool = pool
+        self._segments: tuple[Segment, ...] = ()
+        self._slots = torch.empty(0, dtype=torch.int64)
+
+    def register(self) -> None:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+
+        AttentionInterface.register(NAME, self.__call__)
+        # Masks are this module's business: the model must not build a [T, T] one over the packed row.
+        AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+    def begin(self, segments: tuple[Segment, ...], device: torch.device) -> None:
+        """Announce the next batch: its segments in row order, without gaps."""
+        self._segments = segments
+        slots = [torch.arange(s.extent + s.num_past, s.extent + s.num_past + s.num_new) for s in segments]
+        self._slots = torch.cat(slots).to(device)
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim] → [1, T, heads, head_dim]."""
+        assert self.pool is not None
+        layer = int(module.layer_idx)  # type: ignore[arg-type]  # an int on every transformers attention module
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        keys.index_copy_(1, self._slots, key[0])
+        values.index_copy_(1, self._slots, value[0])
+        out = torch.empty((1, query.shape[2], query.shape[1], query.shape[3]), dtype=query.dtype, device=query.device)
+        for s in self._segments:
+            rows = slice(s.first, s.first + s.num_new)
+            end = s.extent + s.num_past + s.num_new
+            k, v = keys[None, :, s.extent : end], values[None, :, s.extent : end]
+            out[:, rows] = attend(query[:, :, rows], k, v, s.num_past, scaling).transpose(1, 2)
+        return out, None
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_past: int, scale: float | None) -> torch.Tensor:
+    """Causal attention of the last queries of a sequence: q [1, heads, n, d] over k, v [1, kv_heads, num_past + n, d]."""
+    heads, num_new, dim = q.shape[1:]
+    kv_heads = k.shape[1]
+    if num_new == 1:
+        grouped = q.reshape(1, kv_heads, heads // kv_heads, dim)
+        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).view(1, heads, 1, dim)
+    if num_past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
+    if q.device.type == "cpu":
+        return _attend_in_two(q, k, v, num_past, scale)
+    bias = causal_lower_right(num_new, num_past + num_new)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=heads != kv_heads)
+
+
+def _attend_in_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_past: int, scale: float | None) -> torch.Tensor:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    heads, num_new, dim = q.shape[1:]
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    # Without a mask every query row sees all past keys, so the heads of a group may again stand in for query rows.
+    past, past_lse = flash(q.reshape(1, kv_heads, group * num_new, dim), k[:, :, :num_past], v[:, :, :num_past], scale=scale)
+    new_k = k[:, :, num_past:].repeat_interleave(group, 1)
+    new_v = v[:, :, num_past:].repeat_interleave(group, 1)
+    new, new_lse = flash(q, new_k, new_v, is_causal=True, scale=scale)
+    # softmax over both parts = the parts weighted by their share of the summed exponentials.
+    share = torch.sigmoid(new_lse - past_lse.reshape(1, heads, num_new)).unsqueeze(-1).to(q.dtype)
+    return torch.lerp(past.reshape(1, heads, num_new, dim), new, share)
