@@ -11,7 +11,9 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 
-from anaphora.types import BlockHash, Tenant
+import msgspec
+
+from anaphora.types import BlockHash, Key, Request, Tenant
 
 KEY_SCHEMA = 1
 
@@ -46,3 +48,71 @@ def block_hashes(namespace: bytes, tokens: Sequence[int], block_size: int) -> li
         parent = digest((parent, packed[(end - block_size) * 8 : end * 8]))
         hashes.append(BlockHash(parent))
     return hashes
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+# MessagePack, not JSON: every value carries its type and length, so no two different bodies encode alike, and a number, a
+# NaN and a null stay apart. "sorted" orders the keys of objects (and of structs); arrays keep their order.
+_encode = msgspec.msgpack.Encoder(order="sorted").encode
+_FLOAT_TAG = b"\xcb"
+
+
+def request_key(request: Request, *, fingerprint: str) -> Key:
+    """What makes two requests one question (invariant 1): the tenant, then the whole canonical request.
+
+    Left out are only `stream`, and `max_tokens`, whose part in the question depends on how the answer ended (see
+    `levels.exact`). Unknown fields (`extra`) count; the order of JSON keys does not; 1 and 1.0 are one number; strings are
+    taken as they are. `fingerprint` is the model's (`ModelInfo.fingerprint`): changed weights are another question.
+    """
+    # Sampling and tool choice go in field by field: a struct's encoding drops a default only where it is the very same
+    # object, so 0.0 from a JSON body and the default 0.0 would part ways.
+    s, choice = request.sampling, request.tool_choice
+    view = (
+        request.model,
+        request.messages,
+        request.prompts,
+        request.echo,
+        request.tools,
+        (choice.mode, choice.name, choice.parallel),
+        (s.top_k, s.seed, s.stop, s.n, s.logprobs),
+        request.cache_salt,
+        request.extra,
+    )
+    try:
+        body = _encode(view)
+    except OverflowError:  # an integer beyond 64 bits somewhere in a schema or in `extra`
+        body = _encode_with_plain_numbers(view)
+    else:
+        # A float tag is rare in a body (text hardly ever holds this byte), and only floats need the slow way.
+        if _FLOAT_TAG in body:
+            body = _encode_with_plain_numbers(view)
+    floats = (s.temperature, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty)
+    sampling = _encode([None if x is None else float(x) + 0.0 for x in floats])  # + 0.0 makes -0.0 into 0.0
+    return Key(digest((b"answer", request.tenant.encode(), fingerprint.encode(), body, sampling)))
+
+
+def derived_key(key: Key, name: str, number: int) -> Key:
+    """One of several answers to the question `key`: the one called `name` `number` (a bucket, a token limit)."""
+    return Key(digest((b"derived", key, name.encode(), str(number).encode())))
+
+
+def _encode_with_plain_numbers(view: object) -> bytes:
+    return _encode(_plain_numbers(msgspec.to_builtins(view, builtin_types=(bytes,))))
+
+
+def _plain_numbers(value: object) -> object:
+    """`value` with every number in the one form that equal numbers share: 64-bit integer, else float, else its digits."""
+    if isinstance(value, dict):
+        return {name: _plain_numbers(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_numbers(item) for item in value]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and -(2.0**63) <= value < 2.0**64 else value
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**64:
+        try:
+            nearest = float(value)
+        except OverflowError:
+            nearest = 0.0
+        return nearest if nearest == value else msgspec.msgpack.Ext(1, str(value).encode())
+    return value

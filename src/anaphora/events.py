@@ -1,0 +1,147 @@
+"""What happened, as values: returned to the caller, and handed to an `Emit` for metrics and the ledger.
+
+Events are plain data. They are emitted on the event loop's thread, never from a worker thread, so that a consumer needs no
+lock. A consumer must be quick and must not raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+import msgspec
+
+from anaphora.types import Key, Scope
+
+V_co = TypeVar("V_co", covariant=True)
+
+
+class MissReason(StrEnum):
+    """Why a level did not answer. The values are label values of metrics: never rename one."""
+
+    ABSENT = "absent"
+    """Nothing under the key: never asked, evicted, expired, forgotten, or lost."""
+    NO_CACHE = "no_cache"
+    """The request's `Cache-Control: no-cache`."""
+    STALE_FOR_REQUEST = "stale_for_request"
+    """An entry exists, older than the request's `max-age`."""
+    LONGER_THAN_LIMIT = "longer_than_limit"
+    """An entry exists, but it was finished under another token limit and cannot stand for an answer under this one."""
+    SAMPLED = "sampled"
+    """A sampled answer is wanted and the setting is `never`."""
+    EMPTY_BUCKET = "empty_bucket"
+    """A sampled answer is wanted, and the bucket drawn for it is not filled yet."""
+    PREWARM = "prewarm"
+    """`max_tokens` 0: asked for its side effect."""
+    UNKNOWN_MODEL = "unknown_model"
+    """The model's fingerprint is not known (yet), so there is no key."""
+    UNREADABLE = "unreadable"
+    """The stored bytes could not be decoded; they were dropped."""
+
+
+class RefusedReason(StrEnum):
+    """Why a finished answer was not learned. The values are label values of metrics: never rename one."""
+
+    NOT_CLEAN = "not_clean"
+    """Cut by the backend, aborted by the client, or ended by an error: no `End` was seen."""
+    INCOMPLETE = "incomplete"
+    """It does not hold the number of choices that was asked for."""
+    REFUSAL = "refusal"
+    """At least one choice ended by refusal or content filter."""
+    EMPTY = "empty"
+    """At least one choice holds neither text nor a tool call."""
+    NO_STORE = "no_store"
+    """The request's `Cache-Control: no-store`."""
+    TOO_LARGE = "too_large"
+    """Larger than the level's cap, or than every tier."""
+    SAMPLED = "sampled"
+    """A sampled answer and the setting is `never`."""
+    PREWARM = "prewarm"
+    """`max_tokens` 0: there is no answer."""
+    UNKNOWN_MODEL = "unknown_model"
+    """The model's fingerprint is not known (yet), so there is no key."""
+
+
+class Hit(msgspec.Struct, Generic[V_co], frozen=True):
+    """A level answered. `ttl_s` is what is left to live (None: no limit); `cost_s` is what computing it had taken."""
+
+    level: str
+    key: Key
+    value: V_co
+    age_s: float
+    ttl_s: float | None
+    cost_s: float
+
+
+class Miss(msgspec.Struct, frozen=True):
+    level: str
+    reason: MissReason
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """An answer was learned: `size` bytes under `key`."""
+
+    level: str
+    key: Key
+    size: int
+
+
+class Refused(msgspec.Struct, frozen=True):
+    level: str
+    reason: RefusedReason
+
+
+class Evicted(msgspec.Struct, frozen=True):
+    """Room was needed in a tier."""
+
+    tier: str
+    num_entries: int
+    size: int
+
+
+class Damaged(msgspec.Struct, frozen=True):
+    """Stored bytes did not match their checksum, or were gone from under the index. They are dropped: a miss."""
+
+    tier: str
+    num_entries: int
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """A tier could not do `operation`; the request went on without it (invariant 8)."""
+
+    tier: str
+    operation: str
+    error: str
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    """Entries that were never written to a slower tier: too many were waiting, or a forget came in between."""
+
+    tier: str
+    num_entries: int
+
+
+class Forgotten(msgspec.Struct, frozen=True):
+    """The receipt of a forget (invariant 7). Keys of the dicts are tier names.
+
+    `removed` counts the entries that went, `remaining` what a sweep of the tier for the same scope found afterwards (only
+    entries learned since), `failed` names the tiers that could not be asked: there, nothing is promised.
+    """
+
+    scope: Scope
+    removed: dict[str, int]
+    remaining: dict[str, int]
+    failed: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return not self.failed and not any(self.remaining.values())
+
+
+Event = Hit[object] | Miss | Stored | Refused | Evicted | Damaged | Failed | Dropped | Forgotten
+Emit = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The `Emit` of whoever does not count."""
