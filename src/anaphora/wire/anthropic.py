@@ -1,0 +1,647 @@
+"""Anthropic's Messages API: `POST /v1/messages`, `/v1/messages/count_tokens`, `GET /v1/models` (API versions below).
+
+Supported: text, thinking, images, documents, custom tools. Server tools, search results, citations and redacted thinking
+are refused with a clear 400. A document may have the source `text`, which is {"text": ...} in `MediaPart.source`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from anaphora.errors import InvalidRequest, NotCached, ServiceError
+from anaphora.types import (
+    Begin,
+    Completion,
+    Delta,
+    End,
+    Finish,
+    MediaPart,
+    ModelInfo,
+    Part,
+    Request,
+    Role,
+    Tenant,
+    TextDelta,
+    TextPart,
+    ThinkingDelta,
+    ThinkingPart,
+    Tool,
+    ToolChoice,
+    ToolResultPart,
+    ToolUseDelta,
+    ToolUsePart,
+    Usage,
+)
+from anaphora.wire import sse
+from anaphora.wire.base import (
+    NEUTRAL,
+    SAMPLING_FIELDS,
+    Dialect,
+    Ids,
+    Parsed,
+    Rendering,
+    Turns,
+    cache_salt,
+    check_cache_control,
+    encode,
+    extra_fields,
+    read_sampling,
+    settled_choice,
+    text_parts,
+    tool_extra,
+)
+from anaphora.wire.fields import (
+    FieldError,
+    Json,
+    bad_value,
+    decode_object,
+    each,
+    list_,
+    named,
+    object_,
+    only,
+    opt_bool,
+    opt_int,
+    opt_list,
+    opt_object,
+    opt_string,
+    string,
+    strings,
+    unsupported,
+    wrong_type,
+)
+
+VERSIONS = ("2023-06-01", "2026-10-21")
+"""API versions understood. A request without one is read as the first."""
+
+# Removed by version 2026-10-21: any value is refused, the default included (spec §1.1).
+_REMOVED_2026 = ("temperature", "top_p", "top_k")
+
+_KNOWN = (
+    NEUTRAL
+    | SAMPLING_FIELDS
+    | {"model", "messages", "system", "max_tokens", "stop_sequences", "tools", "tool_choice", "cache_salt"}
+)
+
+
+class Anthropic(Dialect):
+    name = "anthropic"
+    keepalive = sse.event(b"ping", b'{"type":"ping"}')
+
+    def parse(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Parsed:
+        return self._parse(body, tenant, version, answers=True)
+
+    def parse_count_tokens(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Request:
+        """The body of `/v1/messages/count_tokens`: `max_tokens` may be missing."""
+        return self._parse(body, tenant, version, answers=False).request
+
+    def _parse(self, body: bytes, tenant: Tenant, version: str | None, *, answers: bool) -> Parsed:
+        version = version or VERSIONS[0]
+        if version not in VERSIONS:
+            raise InvalidRequest(
+                f"anthropic-version: '{version}' is not one of {', '.join(VERSIONS)}", param="anthropic-version"
+            )
+        fields = decode_object(body)
+        try:
+            return _read(fields, tenant, version, answers)
+        except FieldError as error:
+            raise _refusal(error) from error
+
+    def render(self, completion: Completion, rendering: Rendering, ids: Ids) -> bytes:
+        choice = completion.choices[0]
+        content: list[object] = []
+        num_tools = 0
+        for part in choice.content:
+            if isinstance(part, ToolUsePart):
+                call_id = ids.call("toolu_", 0, num_tools)
+                content.append({"type": "tool_use", "id": call_id, "name": part.name, "input": _tool_input(part.arguments)})
+                num_tools += 1
+            elif isinstance(part, ThinkingPart):
+                content.append({"type": "thinking", "thinking": part.text, "signature": part.signature})
+            elif part.text:
+                content.append({"type": "text", "text": part.text})
+        return encode(_message(rendering, ids, content, choice.reason, choice.stop_sequence, completion.usage))
+
+    def writer(self, rendering: Rendering, ids: Ids) -> _Writer:
+        return _Writer(rendering, ids)
+
+    def render_error(self, error: ServiceError, request_id: str) -> tuple[int, bytes, dict[str, str]]:
+        status = _wire_status(error)
+        headers = {"content-type": "application/json", "request-id": request_id}
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        if isinstance(error, NotCached):
+            headers["x-should-retry"] = "false"  # SDKs retry a 504 by themselves; the entry will not be there a second later
+        elif status in (429, 529):
+            headers["x-should-retry"] = "true"
+        return status, encode({**_error_body(error), "request_id": request_id}), headers
+
+    def render_count(self, num_tokens: int) -> bytes:
+        return encode({"input_tokens": num_tokens})
+
+    def render_models(
+        self, models: Sequence[ModelInfo], *, limit: int = 20, after_id: str | None = None, before_id: str | None = None
+    ) -> bytes:
+        """One page of `models`: those behind `after_id`, or the last ones before `before_id`."""
+        ids = [model.id for model in models]
+        start = ids.index(after_id) + 1 if after_id in ids else 0
+        stop = ids.index(before_id) if before_id in ids else len(ids)
+        if before_id in ids and after_id not in ids:
+            page, has_more = models[max(start, stop - limit) : stop], stop - limit > start
+        else:
+            page, has_more = models[start : min(stop, start + limit)], start + limit < stop
+        return encode(
+            {
+                "data": [_model(model) for model in page],
+                "has_more": has_more,
+                "first_id": page[0].id if page else None,
+                "last_id": page[-1].id if page else None,
+            }
+        )
+
+    def render_model(self, model: ModelInfo) -> bytes:
+        return encode(_model(model))
+
+
+# -- body → Request ------------------------------------------------------------------------------------------------------
+
+
+def _read(body: Json, tenant: Tenant, version: str, answers: bool) -> Parsed:
+    strict = version != VERSIONS[0]
+    if strict:
+        for key in _REMOVED_2026:
+            if key in body:
+                raise FieldError("unknown", key)
+    model = named(body, "model")
+    turns = Turns()
+    if system := _text_content(body, "system") if body.get("system") is not None else ():
+        turns.add("system", system)
+    _read_messages(body, turns, strict)
+    max_tokens = opt_int(body, "max_tokens", 0)
+    if max_tokens is None and answers:
+        raise FieldError("missing", "max_tokens")
+    tools = tuple(each(opt_list(body, "tools"), "tools", _tool))
+    stream = opt_bool(body, "stream", False)
+    opt_object(body, "metadata")
+    check_cache_control(body)
+    _check_thinking(body)
+    stop = strings(opt_list(body, "stop_sequences"), "stop_sequences")
+    for index, text in enumerate(stop):
+        if text.isspace():
+            raise bad_value("each stop sequence must contain non-whitespace", "stop_sequences", index)
+    request = Request(
+        model=model,
+        tenant=tenant,
+        messages=turns.messages(),
+        tools=tools,
+        tool_choice=settled_choice(_tool_choice(body), tools, "tool_choice"),
+        sampling=read_sampling(body, max_temperature=1, stop=stop),
+        max_tokens=max_tokens,
+        stream=stream,
+        cache_salt=cache_salt(body),
+        extra=extra_fields(body, _KNOWN),
+    )
+    if max_tokens == 0:
+        _check_prewarm(request)
+    return Parsed(request, Rendering(model=model, stream=stream, version=version))
+
+
+def _check_prewarm(request: Request) -> None:
+    """`max_tokens` 0 only fills the cache; what can only matter for an answer is refused (spec §1.8)."""
+    sentence = "max_tokens: 0 (pre-warm) cannot be combined with {}"
+    thinking, output = request.extra.get("thinking"), request.extra.get("output_config")
+    if request.stream:
+        raise unsupported(sentence.format("stream"), "stream")
+    if isinstance(thinking, dict) and thinking.get("type") == "enabled":
+        raise unsupported(sentence.format("thinking"), "thinking")
+    if isinstance(output, dict) and output.get("format") is not None:
+        raise unsupported(sentence.format("an output format"), "output_config", "format")
+    if request.tool_choice.mode in ("any", "tool"):
+        raise unsupported(sentence.format("a tool choice that demands a tool"), "tool_choice")
+
+
+def _check_thinking(body: Json) -> None:
+    config = opt_object(body, "thinking")
+    if config is None:
+        return
+    if config.get("type") not in ("enabled", "disabled", "adaptive"):
+        raise bad_value("Input should be 'enabled', 'disabled' or 'adaptive'", "thinking", "type")
+    if config["type"] == "enabled":
+        try:
+            if opt_int(config, "budget_tokens", 1024) is None:
+                raise FieldError("missing", "budget_tokens")
+        except FieldError as error:
+            error.under("thinking", "enabled")
+            raise
+
+
+def _read_messages(body: Json, turns: Turns, strict: bool) -> None:
+    items = list_(body, "messages")
+    if not items:
+        raise bad_value("at least one message is required", "messages")
+    roles: list[Role] = []
+
+    def read(message: Json) -> None:
+        role = _role(message)
+        only(message, _MESSAGE_FIELDS)
+        if role == "system":
+            turns.add(role, _text_content(message, "content"))
+        elif isinstance(content := message.get("content"), str):
+            turns.add(role, text_parts(content))
+        elif isinstance(content, list):
+            turns.add(role, _blocks(content, role, strict))
+        elif content is None:
+            raise FieldError("missing", "content")
+        else:
+            raise wrong_type("string", content, "content")
+        roles.append(role)
+
+    each(items, "messages", read)
+    for index, role in enumerate(roles):
+        if role == "system":
+            _check_system_place(roles, index)
+
+
+_MESSAGE_FIELDS = frozenset({"role", "content"})
+
+
+def _role(message: Json) -> Role:
+    match message.get("role"):
+        case "user":
+            return "user"
+        case "assistant":
+            return "assistant"
+        case "system":
+            return "system"
+        case _:
+            string(message, "role")
+            raise bad_value("Input should be 'user', 'assistant' or 'system'", "role")
+
+
+def _check_system_place(roles: Sequence[Role], index: int) -> None:
+    """Spec §1.7. Instructions that hold from the start go into the top-level `system` field."""
+    if index == 0 or roles[index - 1] != "user":
+        sentence = "a message with role 'system' must follow a user message; use the top-level `system` parameter otherwise"
+        raise bad_value(sentence, "messages", index)
+    if index + 1 < len(roles) and roles[index + 1] != "assistant":
+        raise bad_value("a message with role 'system' must be last or be followed by an assistant message", "messages", index)
+
+
+def _text_content(owner: Json, key: str) -> tuple[TextPart, ...]:
+    """A string or text blocks."""
+    value = owner.get(key)
+    if isinstance(value, str):
+        return text_parts(value)
+    if value is None:
+        raise FieldError("missing", key)
+    if not isinstance(value, list):
+        raise wrong_type("string", value, key)
+
+    def read(block: Json) -> tuple[TextPart, ...]:
+        if block.get("type") != "text":
+            string(block, "type")
+            raise bad_value("Input should be 'text'", "type")
+        return _text(block)
+
+    return tuple(part for parts in each(value, key, read) for part in parts)
+
+
+def _blocks(items: list[object], role: Role, strict: bool) -> list[Part]:
+    parts: list[Part] = []
+
+    def read(block: Json) -> None:
+        kind = string(block, "type")
+        if kind == "text":
+            parts.extend(_text(block))
+        elif kind in _PLACES and role not in _PLACES[kind]:
+            raise bad_value(f"`{kind}` blocks cannot be in messages of role '{role}'", "type")
+        elif kind == "document" and role == "assistant" and strict:
+            raise bad_value("`document` blocks cannot be in messages of role 'assistant'", "type")
+        elif kind in _BLOCKS:
+            parts.append(_BLOCKS[kind](block))
+        else:
+            raise unsupported(f"Input tag '{kind}' is not supported here", "type")
+
+    each(items, "content", read)
+    return parts
+
+
+def _text(block: Json) -> tuple[TextPart, ...]:
+    only(block, _TEXT_FIELDS)
+    if "cache_control" in block:
+        check_cache_control(block)
+        if not block.get("text") and block["cache_control"] is not None:
+            raise bad_value("cache_control cannot be set for empty text blocks", "text")
+    return text_parts(string(block, "text"))
+
+
+_TEXT_FIELDS = frozenset({"type", "text", "cache_control"})
+
+
+def _thinking(block: Json) -> ThinkingPart:
+    only(block, frozenset({"type", "thinking", "signature"}))
+    return ThinkingPart(string(block, "thinking"), opt_string(block, "signature") or "")
+
+
+def _tool_use(block: Json) -> ToolUsePart:
+    # `caller` says who called it; with custom tools only, that is always the model.
+    only(block, frozenset({"type", "id", "name", "input", "cache_control", "caller"}))
+    check_cache_control(block)
+    return ToolUsePart(named(block, "id"), named(block, "name"), encode(object_(block, "input")).decode())
+
+
+def _tool_result(block: Json) -> ToolResultPart:
+    only(block, frozenset({"type", "tool_use_id", "content", "is_error", "cache_control"}))
+    check_cache_control(block)
+    content: list[TextPart | MediaPart] = []
+    value = block.get("content")
+    if isinstance(value, str):
+        content.extend(text_parts(value))
+    elif isinstance(value, list):
+
+        def read(inner: Json) -> None:
+            kind = string(inner, "type")
+            if kind == "text":
+                content.extend(_text(inner))
+            elif kind == "image":
+                content.append(_image(inner))
+            elif kind == "document":
+                content.append(_document(inner))
+            else:
+                raise unsupported(f"Input tag '{kind}' is not supported here", "type")
+
+        each(value, "content", read)
+    elif value is not None:
+        raise wrong_type("string", value, "content")
+    return ToolResultPart(named(block, "tool_use_id"), tuple(content), opt_bool(block, "is_error", False))
+
+
+def _image(block: Json) -> MediaPart:
+    only(block, frozenset({"type", "source", "cache_control"}))
+    check_cache_control(block)
+    media_type, source = _source(object_(block, "source"))
+    return MediaPart("image", media_type, source)
+
+
+def _document(block: Json) -> MediaPart:
+    only(block, frozenset({"type", "source", "title", "context", "citations", "cache_control"}))
+    check_cache_control(block)
+    media_type, source = _source(object_(block, "source"))
+    options: Json = {}
+    for key in ("title", "context"):
+        if (value := opt_string(block, key)) is not None:
+            options[key] = value
+    citations = opt_object(block, "citations")
+    if citations is not None and citations.get("enabled"):
+        raise unsupported("citations are not supported", "citations")
+    return MediaPart("document", media_type, source, options)
+
+
+def _source(source: Json) -> tuple[str, dict[str, str]]:
+    """Media type (empty if the sender did not say) and the neutral source."""
+    try:
+        match string(source, "type"):
+            case "base64":
+                return named(source, "media_type"), {"base64": string(source, "data")}
+            case "url":
+                return "", {"url": named(source, "url")}
+            case "file":
+                return "", {"file_id": named(source, "file_id")}
+            case "text":
+                return "text/plain", {"text": string(source, "data")}
+            case kind:
+                raise unsupported(f"Input tag '{kind}' is not supported here", "type")
+    except FieldError as error:
+        error.under("source")
+        raise
+
+
+_BLOCKS: dict[str, Callable[[Json], Part]] = {
+    "thinking": _thinking,
+    "tool_use": _tool_use,
+    "tool_result": _tool_result,
+    "image": _image,
+    "document": _document,
+}
+_PLACES: dict[str, tuple[Role, ...]] = {"thinking": ("assistant",), "tool_use": ("assistant",), "tool_result": ("user",)}
+
+
+def _tool(tool: Json) -> Tool:
+    kind = opt_string(tool, "type")
+    if kind not in (None, "custom"):
+        raise unsupported(f"Input tag '{kind}' is not supported: only custom tools are", "type")
+    check_cache_control(tool)
+    return Tool(
+        name=named(tool, "name"),
+        description=opt_string(tool, "description") or "",
+        parameters=object_(tool, "input_schema"),
+        extra=tool_extra(tool, _TOOL_FIELDS),
+    )
+
+
+_TOOL_FIELDS = frozenset({"type", "name", "description", "input_schema", "cache_control"})
+
+
+def _tool_choice(body: Json) -> ToolChoice:
+    choice = opt_object(body, "tool_choice")
+    if choice is None:
+        return ToolChoice()
+    try:
+        parallel = not opt_bool(choice, "disable_parallel_tool_use", False)
+        match string(choice, "type"):
+            case "auto":
+                return ToolChoice(parallel=parallel)
+            case "any":
+                return ToolChoice("any", parallel=parallel)
+            case "none":
+                return ToolChoice("none")
+            case "tool":
+                return ToolChoice("tool", named(choice, "name"), parallel)
+            case kind:
+                tags = "'auto', 'any', 'tool', 'none'"
+                raise bad_value(f"Input tag '{kind}' found using 'type' does not match any of the expected tags: {tags}")
+    except FieldError as error:
+        error.under("tool_choice")
+        raise
+
+
+def _refusal(error: FieldError) -> InvalidRequest:
+    path = ".".join(map(str, error.path))
+    match error.kind:
+        case "missing":
+            sentence = "Field required"
+        case "unknown":
+            sentence = "Extra inputs are not permitted"
+        case "type":
+            names = {"object": "an object", "array": "a valid array"}
+            sentence = f"Input should be {names.get(error.detail, f'a valid {error.detail}')}"
+        case "above":
+            sentence = f"Input should be less than or equal to {error.detail}"
+        case "below":
+            sentence = f"Input should be greater than or equal to {error.detail}"
+        case _:
+            sentence = error.detail
+    return InvalidRequest(f"{path}: {sentence}", param=path)
+
+
+# -- answer → body, SSE ----------------------------------------------------------------------------------------------------
+
+
+def _message(
+    rendering: Rendering, ids: Ids, content: list[object], reason: str | None, stop_sequence: str | None, usage: Usage
+) -> Json:
+    return {
+        "id": f"msg_{ids.id}",
+        "type": "message",
+        "role": "assistant",
+        "model": rendering.model,
+        "content": content,
+        "stop_reason": reason,
+        "stop_sequence": stop_sequence,
+        "usage": {
+            **_usage(usage),
+            # Writes are not told apart by lifetime: all of them count as the default one.
+            "cache_creation": {
+                "ephemeral_5m_input_tokens": usage.cache_creation_input_tokens,
+                "ephemeral_1h_input_tokens": 0,
+            },
+            "service_tier": "standard",
+        },
+    }
+
+
+def _usage(usage: Usage) -> dict[str, object]:
+    return {
+        "input_tokens": usage.input_tokens,
+        "cache_creation_input_tokens": usage.cache_creation_input_tokens,
+        "cache_read_input_tokens": usage.cache_read_input_tokens,
+        "output_tokens": usage.output_tokens,
+    }
+
+
+def _tool_input(arguments: str) -> object:
+    """`input` is an object; arguments that are none are wrapped the way Anthropic's guide tells clients to."""
+    if not arguments.strip():
+        return {}
+    try:
+        msgspec.json.decode(arguments, type=dict[str, object])
+    except (msgspec.MsgspecError, RecursionError):
+        return {"INVALID_JSON": arguments}
+    return msgspec.Raw(arguments.encode())
+
+
+class _Writer:
+    """Content blocks open and close one after the other; a delta of another kind, or of another tool call, opens the next."""
+
+    def __init__(self, rendering: Rendering, ids: Ids) -> None:
+        self._rendering = rendering
+        self._ids = ids
+        self._index = -1  # of the newest block
+        self._open = ""  # kind of the block that is open: "", "text", "thinking", "tool"
+        self._tools: dict[int, int] = {}  # tool call → block
+        self._finish = Finish(0, "end_turn")
+
+    def feed(self, delta: Delta) -> bytes:
+        if isinstance(delta, TextDelta):
+            if not delta.text:
+                return b""
+            start = b"" if self._open == "text" else self._start("text", {"type": "text", "text": ""})
+            return start + _block_delta(self._index, b"text_delta", b"text", delta.text)
+        if isinstance(delta, ToolUseDelta):
+            return self._tool(delta)
+        if isinstance(delta, ThinkingDelta):
+            return self._thinking(delta)
+        if isinstance(delta, Begin):
+            message = _message(self._rendering, self._ids, [], None, None, delta.usage)
+            return sse.event(b"message_start", encode({"type": "message_start", "message": message}))
+        if isinstance(delta, Finish):
+            self._finish = delta
+            return self._stop()
+        return self._end(delta)
+
+    def fail(self, error: ServiceError) -> bytes:
+        return sse.event(b"error", encode(_error_body(error)))
+
+    def _start(self, kind: str, block: Json) -> bytes:
+        stop = self._stop()
+        self._index += 1
+        self._open = kind
+        start = {"type": "content_block_start", "index": self._index, "content_block": block}
+        return stop + sse.event(b"content_block_start", encode(start))
+
+    def _stop(self) -> bytes:
+        if not self._open:
+            return b""
+        self._open = ""
+        return sse.event(b"content_block_stop", b'{"type":"content_block_stop","index":%d}' % self._index)
+
+    def _tool(self, delta: ToolUseDelta) -> bytes:
+        start = b""
+        if delta.index not in self._tools:
+            call_id = self._ids.call("toolu_", 0, len(self._tools))
+            start = self._start("tool", {"type": "tool_use", "id": call_id, "name": delta.name, "input": {}})
+            self._tools[delta.index] = self._index
+        if not delta.arguments:
+            return start
+        return start + _block_delta(self._tools[delta.index], b"input_json_delta", b"partial_json", delta.arguments)
+
+    def _thinking(self, delta: ThinkingDelta) -> bytes:
+        events = b""
+        if self._open != "thinking":
+            events = self._start("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+        if delta.text:
+            events += _block_delta(self._index, b"thinking_delta", b"thinking", delta.text)
+        if delta.signature:
+            events += _block_delta(self._index, b"signature_delta", b"signature", delta.signature)
+        return events
+
+    def _end(self, delta: End) -> bytes:
+        finish = {"stop_reason": self._finish.reason, "stop_sequence": self._finish.stop_sequence}
+        event = {"type": "message_delta", "delta": finish, "usage": _usage(delta.usage)}
+        return sse.event(b"message_delta", encode(event)) + sse.event(b"message_stop", b'{"type":"message_stop"}')
+
+
+def _block_delta(index: int, kind: bytes, key: bytes, text: str) -> bytes:
+    payload = b'{"type":"content_block_delta","index":%d,"delta":{"type":"%b","%b":%b}}' % (index, kind, key, encode(text))
+    return sse.event(b"content_block_delta", payload)
+
+
+# -- errors, models ----------------------------------------------------------------------------------------------------------
+
+_ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def _wire_status(error: ServiceError) -> int:
+    return 529 if error.status == 503 else error.status
+
+
+def _error_body(error: ServiceError) -> Json:
+    kind = _ERROR_TYPES.get(_wire_status(error), "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def _model(model: ModelInfo) -> Json:
+    fields: Json = {
+        "type": "model",
+        "id": model.id,
+        "display_name": model.id,
+        "created_at": datetime.fromtimestamp(model.created_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+    }
+    if model.max_input_tokens:
+        fields["max_input_tokens"] = model.max_input_tokens
+    return fields
