@@ -23,16 +23,16 @@ class Registry:
 
     def __init__(self, axis: str, builtin: Mapping[str, str], installed: Iterable[EntryPoint] | None = None) -> None:
         self.axis = axis
-        self._builtin = dict(builtin)
+        self.builtin: Mapping[str, str] = dict(builtin)
         self._installed = None if installed is None else tuple(installed)
 
     def names(self) -> tuple[str, ...]:
         """Every name that may be asked for, sorted. Says nothing about whether it imports."""
-        return tuple(sorted({*self._builtin, *(entry.name for entry in self._third_party())}))
+        return tuple(sorted({*self.builtin, *(entry.name for entry in self._third_party())}))
 
     def load(self, name: str) -> Any:
         """What stands behind `name` (a class or a factory). Raises ConfigError."""
-        target = self._builtin.get(name) or self._third_party_target(name)
+        target = self.builtin.get(name) or self._third_party_target(name)
         module_name, _, attribute = target.partition(":")
         try:
             found: Any = importlib.import_module(module_name)

@@ -1,0 +1,100 @@
+"""The picture in docs/architecture.md, checked. The order of layers itself is a contract in pyproject.toml (`lint-imports`)."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import grimp
+import pytest
+
+import anaphora
+from anaphora.registry import AXES, Registry
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "anaphora"
+
+CORNERS = {
+    "torch": ("anaphora.backends.engine_*", "anaphora.kv.pool"),
+    "transformers": ("anaphora.backends.engine_*",),
+    "accelerate": ("anaphora.backends.engine_*",),
+    "gguf": ("anaphora.backends.engine_*",),
+    "safetensors": ("anaphora.backends.engine_*", "anaphora.kv.*"),
+    "starlette": ("anaphora.server.*",),
+    "uvicorn": ("anaphora.server.*",),
+    "prometheus_client": ("anaphora.server.*",),
+    "redis": ("anaphora.tiers.valkey",),
+    "sqlite3": ("anaphora.tiers.*", "anaphora.store"),
+    "httpx2": ("anaphora.backends.*", "anaphora.cli.*"),
+    "rich": ("anaphora.cli.*",),
+    "argparse": ("anaphora.cli", "anaphora.cli.*"),
+    "pytest": ("anaphora.testing.*",),
+    "hypothesis": ("anaphora.testing.*",),
+    "pickle": (),
+}
+"""A package, and the only modules that may import it, even inside a function."""
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("anaphora", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None)
+
+
+@pytest.mark.parametrize("package", CORNERS)
+def test_a_heavy_package_is_imported_in_its_own_corner_only(graph: grimp.ImportGraph, package: str) -> None:
+    if package not in graph.modules:
+        pytest.skip(f"nothing imports {package} yet")
+    importers = graph.find_modules_that_directly_import(package)
+    strangers = {name for name in importers if not any(fnmatch(name, pattern) for pattern in CORNERS[package])}
+    assert strangers == set()
+
+
+def test_a_bare_import_is_light() -> None:
+    """Measured in a fresh interpreter; the limit on time is generous, the list of modules is what keeps it true."""
+    loaded = _modules_after("import anaphora")
+    heavy = {"torch", "transformers", "starlette", "uvicorn", "httpx2", "rich", "prometheus_client", "redis", "msgspec"}
+    assert loaded & heavy == set()
+
+
+def test_the_command_line_starts_without_anything_heavy() -> None:
+    loaded = _modules_after("import anaphora.cli; anaphora.cli.build_parser()")
+    assert loaded & {"torch", "transformers", "starlette", "uvicorn", "httpx2", "rich", "asyncio"} == set()
+
+
+def test_the_package_exports_its_version_and_nothing_by_accident() -> None:
+    public = {name for name in vars(anaphora) if not name.startswith("_")}
+    modules = {path.stem for path in SOURCE.iterdir()}
+    assert public - modules == set(getattr(anaphora, "__all__", ()))
+    assert anaphora.__version__
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [str(path.relative_to(SOURCE)) for path in _sources() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
+@pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.axis)
+def test_every_registered_kind_lies_in_its_axis_folder(axis: Registry) -> None:
+    """Without importing it: the engine needs PyTorch, which the base install does not have."""
+    for target in axis.builtin.values():
+        module, _, attribute = target.partition(":")
+        path = ROOT / "src" / (module.replace(".", "/") + ".py")
+        assert module.startswith(f"anaphora.{axis.axis}."), target
+        assert path.is_file(), f"{target}: no {path}"
+        defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        assert attribute in defined, f"{target}: {path.name} defines {sorted(defined)}"
+
+
+def _sources() -> Iterator[Path]:
+    return (path for path in sorted(SOURCE.rglob("*.py")))
+
+
+def _modules_after(statement: str) -> set[str]:
+    code = f"{statement}; import json, sys; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
