@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
-from anaphora.types import Key, Scope
+from anaphora.types import FinishReason, Key, Scope, Tenant, Usage
 
 V_co = TypeVar("V_co", covariant=True)
 
@@ -139,7 +139,37 @@ class Forgotten(msgspec.Struct, frozen=True):
         return not self.failed and not any(self.remaining.values())
 
 
-Event = Hit[object] | Miss | Stored | Refused | Evicted | Damaged | Failed | Dropped | Forgotten
+class Computed(msgspec.Struct, frozen=True):
+    """A backend finished an answer cleanly. One for each computation, however many clients it had."""
+
+    tenant: Tenant
+    model: str
+    usage: Usage
+    compute_s: float
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """A client's request is over. One for each request that got as far as an answer."""
+
+    tenant: Tenant
+    model: str
+    source: Literal["hit", "miss", "collapsed", "bypass"]
+    outcome: Literal["finished", "failed", "left"]
+    usage: Usage
+    """Zeros unless finished."""
+    reasons: tuple[FinishReason, ...]
+    """One for each choice."""
+    elapsed_s: float
+    """From the request to the last delta the client was given."""
+    first_s: float | None
+    """From the request to the first delta with content. None: there was none."""
+    gaps_s: tuple[float, ...] = ()
+    """Between one delta with content and the next."""
+    saved_s: float = 0.0
+    """What the answer would have cost to compute, where it was not computed for this request."""
+
+
+Event = Hit[object] | Miss | Stored | Refused | Evicted | Damaged | Failed | Dropped | Forgotten | Computed | Answered
 Emit = Callable[[Event], None]
 
 
