@@ -171,6 +171,35 @@ def test_who_asks_after_the_last_one_left_gets_a_new_computation() -> None:
     asyncio.run(run())
 
 
+def test_leaving_ends_a_wait_at_once() -> None:
+    async def run() -> None:
+        flights, script = Flights(), Script()
+        leaver, other = script.join(flights), script.join(flights)
+        waiting = asyncio.create_task(rest(leaver))
+        await asyncio.sleep(0)
+        leaver.leave()
+        assert await waiting == []
+        script.say(5)
+        assert await rest(other) == ANSWER
+
+    asyncio.run(run())
+
+
+def test_a_burst_is_everything_that_was_not_read_yet() -> None:
+    async def run() -> None:
+        flights, script = Flights(), Script()
+        reader, pace = script.join(flights), script.join(flights)
+        script.say(3)
+        assert [await anext(pace) for _ in range(3)] == ANSWER[:3]
+        assert await reader.burst() == ANSWER[:3]
+        script.say(2)
+        assert await rest(pace) == ANSWER[3:]
+        assert await reader.burst() == ANSWER[3:]
+        assert await reader.burst() == []
+
+    asyncio.run(run())
+
+
 def test_leaving_before_the_computation_began_never_begins_it() -> None:
     async def run() -> None:
         flights, script = Flights(), Script()

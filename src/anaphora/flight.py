@@ -47,6 +47,7 @@ class Flight:
             self._end(BackendFailed("The computation was cancelled: nobody was waiting for it any more."))
             self._forget()  # now, not when the task has unwound: who asks next must not join a dying flight
             self.task.cancel()
+        self._wake()  # the leaver may be waiting; the others look again and go on waiting
 
     async def wait(self) -> None:
         """Return after the next delta or the end. Only called while the caller has read everything and it is not over."""
@@ -117,21 +118,36 @@ class Subscription:
         return self
 
     async def __anext__(self) -> Delta:
+        if not await self._more():
+            raise StopAsyncIteration
+        delta = self._flight.deltas[self._next]
+        self._next += 1
+        return delta
+
+    async def burst(self) -> list[Delta]:
+        """Everything that was said and not read yet, at least one delta; empty at the end and after leaving."""
+        if not await self._more():
+            return []
+        burst = self._flight.deltas[self._next :]
+        self._next += len(burst)
+        return burst
+
+    async def _more(self) -> bool:
+        """Wait until there is a delta to read; False when there will be none."""
         flight = self._flight
         while not self._left:
             if self._next < len(flight.deltas):
-                delta = flight.deltas[self._next]
-                self._next += 1
-                return delta
+                return True
             if flight.over:
                 self.leave()
                 if flight.error is not None:
                     raise flight.error.with_traceback(None)  # shared by all subscribers: tracebacks must not pile up
-                break
+                return False
             await flight.wait()
-        raise StopAsyncIteration
+        return False
 
     def leave(self) -> None:
+        """Give the place up. Whoever is waiting in this subscription comes to its end at once."""
         if not self._left:
             self._left = True
             self._flight.unsubscribe()
