@@ -178,7 +178,8 @@ class ThinkingDelta(msgspec.Struct, frozen=True, tag="thinking", array_like=True
 
 
 class ToolUseDelta(msgspec.Struct, frozen=True, tag="tool_use", array_like=True):
-    """`index` counts the tool calls of one choice from 0. `id` and `name` are set on a call's first delta only."""
+    """`index` counts the tool calls of one choice from 0; one call ends before the next begins. `id` and `name` are set on a
+    call's first delta only."""
 
     choice: int
     index: int

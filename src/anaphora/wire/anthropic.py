@@ -542,7 +542,8 @@ class _Writer:
         self._ids = ids
         self._index = -1  # of the newest block
         self._open = ""  # kind of the block that is open: "", "text", "thinking", "tool"
-        self._tools: dict[int, int] = {}  # tool call → block
+        self._calls = 0  # tool calls begun
+        self._call = -1  # index of the newest one
         self._finish = Finish(0, "end_turn")
 
     def feed(self, delta: Delta) -> bytes:
@@ -581,13 +582,14 @@ class _Writer:
 
     def _tool(self, delta: ToolUseDelta) -> bytes:
         start = b""
-        if delta.index not in self._tools:
-            call_id = self._ids.call("toolu_", 0, len(self._tools))
+        if self._open != "tool" or delta.index != self._call:
+            call_id = self._ids.call("toolu_", 0, self._calls)
             start = self._start("tool", {"type": "tool_use", "id": call_id, "name": delta.name, "input": {}})
-            self._tools[delta.index] = self._index
+            self._calls += 1
+            self._call = delta.index
         if not delta.arguments:
             return start
-        return start + _block_delta(self._tools[delta.index], b"input_json_delta", b"partial_json", delta.arguments)
+        return start + _block_delta(self._index, b"input_json_delta", b"partial_json", delta.arguments)
 
     def _thinking(self, delta: ThinkingDelta) -> bytes:
         events = b""
