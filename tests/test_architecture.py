@@ -83,15 +83,25 @@ def test_every_registered_kind_lies_in_its_axis_folder(axis: Registry) -> None:
     """Without importing it: the engine needs PyTorch, which the base install does not have."""
     for target in axis.builtin.values():
         module, _, attribute = target.partition(":")
-        path = ROOT / "src" / (module.replace(".", "/") + ".py")
         assert module.startswith(f"anaphora.{axis.axis}."), target
+        place = ROOT / "src" / module.replace(".", "/")
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         assert path.is_file(), f"{target}: no {path}"
-        defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        defined = _top_level_names(ast.parse(path.read_text()))
         assert attribute in defined, f"{target}: {path.name} defines {sorted(defined)}"
 
 
 def _sources() -> Iterator[Path]:
     return (path for path in sorted(SOURCE.rglob("*.py")))
+
+
+def _top_level_names(module: ast.Module) -> set[str]:
+    """Classes, functions and imported names."""
+    names = {node.name for node in module.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
 
 
 def _modules_after(statement: str) -> set[str]:

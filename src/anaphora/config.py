@@ -77,7 +77,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_queue: Natural = 256
     """Requests that may wait; more are refused with 429."""
     prefill_chunk: Positive = 512
-    """Prompt tokens computed per step: how long a new prompt may hold up the streams of others."""
+    """Prompt tokens per step while nobody is decoding."""
+    mixed_chunk: Positive = 128
+    """Prompt tokens per step while others are decoding: how long a new prompt may hold up their streams."""
+    prefix_caching: bool = True
+    """False: nothing computed for one request is used for another."""
+    niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
+    """Scheduling priority the engine process gives up, so that the gateway answers while tokens are computed."""
 
 
 class Buckets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -266,22 +272,17 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    known = [setting.path for setting in settings()]
-    sections = Config.__struct_fields__
+    known = {setting.path for setting in settings()}
     flat: dict[str, Any] = {}
     for section, table in document.items():
-        if section not in sections:
-            # A setting written outside its section is as likely as a misspelt section.
-            problem = f"{path}: unknown key {section}"
-            homes = [path for path in known if path.endswith(f".{section}")]
-            raise _unknown(problem, section, homes or sections, exact=bool(homes))
+        if section not in Config.__struct_fields__:
+            raise _misspelt(f"{path}: unknown key {section}", section, {name: name for name in Config.__struct_fields__})
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: {section} must be a table ([{section}])")
         for name, value in table.items():
             full = f"{section}.{name}"
             if full not in known:
-                homes = [other for other in known if other.endswith(f".{name}")]
-                raise _unknown(f"{path}: unknown key {full}", full, homes or known, exact=bool(homes))
+                raise _misspelt(f"{path}: unknown key {full}", name)
             flat[full] = value
     return flat
 
@@ -306,9 +307,15 @@ def _unknown_variables(environ: Mapping[str, str], config: Config) -> Iterable[s
             yield f"unknown environment variable {name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _unknown(problem: str, name: str, known: Iterable[str], *, exact: bool = False) -> ConfigError:
-    near = list(known)[:1] if exact else difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return ConfigError(f"{problem}; did you mean {near[0]}?" if near else problem)
+def _misspelt(problem: str, name: str, others: Mapping[str, str] | None = None) -> ConfigError:
+    """`problem`, and the nearest of the settings' names (in any section: it may be in the wrong one) and of `others`."""
+    meant = {setting.path.partition(".")[2]: setting.path for setting in settings()} | dict(others or {})
+    return _unknown(problem, name, meant)
+
+
+def _unknown(problem: str, name: str, meant: Mapping[str, str]) -> ConfigError:
+    near = difflib.get_close_matches(name, meant, n=1)
+    return ConfigError(f"{problem}; did you mean {meant[near[0]]}?" if near else problem)
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -350,7 +357,7 @@ def _wrong_value(setting: Setting, source: str, message: str) -> ConfigError:
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", text)
     if unknown:
         fields = ApiKey.__struct_fields__ if setting.path == "server.keys" else Buckets.__struct_fields__
-        return _unknown(f"unknown key {where}.{unknown[1]} (from {source})", unknown[1], fields)
+        return _unknown(f"unknown key {where}.{unknown[1]} (from {source})", unknown[1], dict(zip(fields, fields, strict=True)))
     choices = _choices(setting.type)
     if choices and text.startswith("Invalid enum value"):
         text = f"expected one of {', '.join(choices)}, got{text.removeprefix('Invalid enum value')}"
