@@ -2,6 +2,7 @@
 
 AnaphoraError
 ├── ConfigError                 the configuration or the command line is wrong; says what to change
+├── TierFailed                  a storage tier could not do what it was asked; never reaches a client (invariant 8)
 └── ServiceError                ends a request; carries an HTTP status, rendered by `wire` in the caller's dialect
     ├── InvalidRequest     400  bad JSON, bad field (`param` names it), unsupported feature
     │   └── ContextTooLong 400  the prompt (plus max_tokens) does not fit the model
@@ -25,6 +26,10 @@ class AnaphoraError(Exception):
 
 class ConfigError(AnaphoraError):
     """The configuration cannot be used. The message names the setting and what to do."""
+
+
+class TierFailed(AnaphoraError):
+    """A tier's medium failed: disk full, read-only, unreachable. `store` catches it, counts it, and goes on without."""
 
 
 class ServiceError(AnaphoraError):

@@ -1,0 +1,121 @@
+"""The contract every storage tier keeps (`anaphora.testing.tiers` checks it)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+import msgspec
+
+from anaphora.types import Key, Scope, Tenant
+
+EVERYTHING = Scope()
+"""The scope that covers all."""
+
+ENTRY_OVERHEAD = 256
+"""Bytes that an entry is counted with beside its value: key, metadata, and its places in the index and the policy."""
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """Bytes under a key, and what has to be known about them. Times are seconds since the Unix epoch."""
+
+    value: bytes
+    stored_at_s: float
+    expires_at_s: float | None = None
+    """Absolute: counted from when it was first stored, whatever tiers it has moved through since. None: never."""
+    cost_s: float = 0.0
+    """Seconds that computing it took: what a hit saves, and what losing it costs."""
+    tenant: Tenant = Tenant("local")
+    model: str = ""
+    tags: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """What it counts against a tier's capacity, in bytes."""
+        return len(self.value) + ENTRY_OVERHEAD
+
+    def expired(self, now_s: float) -> bool:
+        return self.expires_at_s is not None and self.expires_at_s <= now_s
+
+    def within(self, scope: Scope) -> bool:
+        """Whether `scope` covers it: every field that is set matches."""
+        return (
+            (scope.tenant is None or scope.tenant == self.tenant)
+            and (scope.model is None or scope.model == self.model)
+            and (scope.tag is None or scope.tag in self.tags)
+        )
+
+
+class TierStats(msgspec.Struct, frozen=True):
+    num_entries: int
+    used_bytes: int
+    capacity_bytes: int
+    num_evicted: int = 0
+    """Evicted by this process since it started. So are the counts below."""
+    num_damaged: int = 0
+
+
+class Tier(Protocol):
+    """A medium with a capacity.
+
+    Used bytes are the sum of the sizes of the entries and never pass the capacity, not even for a moment; what an index
+    does not know does not lie in the medium (invariant 4). An expired entry is absent. A medium that fails raises
+    `TierFailed`, nothing else, and leaves the tier usable.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
+        """The entries that are there, intact and not expired. Reading is a use, in the eyes of eviction."""
+        ...
+
+    async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
+        """Store what fits; returns the keys that were stored. Each replaces what was under its key, fit or not.
+
+        With `epoch`: store nothing at all if something was forgotten since `epoch()` was that.
+        """
+        ...
+
+    async def delete_many(self, keys: Collection[Key]) -> int:
+        """Remove what is there of `keys`; returns how many. Changes the epoch."""
+        ...
+
+    async def forget(self, scope: Scope) -> int:
+        """Remove every entry within `scope`, from the medium itself too; returns how many. Changes the epoch."""
+        ...
+
+    async def keys(self, scope: Scope = EVERYTHING) -> list[Key]:
+        """The keys of all entries within `scope`, in no particular order."""
+        ...
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """`keys` were used in a faster tier. Immediate; unknown keys are fine."""
+        ...
+
+    def epoch(self) -> int:
+        """A number that changes whenever an entry is deleted or forgotten, by any process that shares the medium.
+
+        Immediate (it is asked on every hit). A faster tier that holds copies must drop them when it changes. A medium that
+        one process has to itself always says 0.
+        """
+        ...
+
+    async def stats(self) -> TierStats: ...
+
+    async def aclose(self) -> None:
+        """Let go of the medium. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class ImmediateTier(Protocol):
+    """What a tier offers besides when it answers without waiting for anything: memory of this process."""
+
+    def get_now(self, key: Key) -> Entry | None: ...
+
+    def put_now(self, key: Key, entry: Entry) -> bool: ...
+
+    def delete_now(self, keys: Iterable[Key]) -> int: ...
+
+    def forget_now(self, scope: Scope) -> int: ...

@@ -1,0 +1,188 @@
+"""The disk tier's asynchronous face. SQLite and files are only ever touched on its two worker threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from anaphora.clock import Clock
+from anaphora.errors import TierFailed
+from anaphora.events import Damaged, Emit, Evicted, ignore
+from anaphora.tiers.base import EVERYTHING, Entry, TierStats
+from anaphora.tiers.disk.index import DiskIndex, Found
+from anaphora.types import Key, Scope
+
+T = TypeVar("T")
+
+_BATCH_BYTES = 4 << 20
+_BATCH_ENTRIES = 64
+_MAX_TOUCHED = 1 << 16
+_RETRY_OPENING_S = 5.0
+
+
+class DiskOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: str
+    """The folder. Made if it is missing; may be shared by processes of one machine (not over a network file system)."""
+    capacity_bytes: int = 4 << 30
+    inline_bytes: int = 16 << 10
+    """Values of this size and more get a file of their own."""
+    fsync: bool = False
+    """Wait for the device at every write: entries survive a power cut too, not only a killed process."""
+    busy_timeout_s: float = 5.0
+    """How long to wait for another process's write before giving up on this one."""
+
+
+class DiskTier:
+    """Entries in a folder (`index` says how). What leaves first is what no process has used for the longest time.
+
+    That order is in the index and not a `Policy` object, because all processes that share the folder must agree on it. Uses
+    are noted in memory and written along with the next put, so that reading does not write.
+
+    Reads have a thread of their own: they need not wait while a write waits for another process.
+    """
+
+    name = "disk"
+
+    def __init__(self, options: DiskOptions, *, clock: Clock, emit: Emit = ignore) -> None:
+        self._capacity = options.capacity_bytes
+        self._clock = clock
+        self._emit = emit
+        self._writer, self._reader = (
+            DiskIndex(
+                Path(options.path).expanduser(),
+                capacity=options.capacity_bytes,
+                inline_bytes=options.inline_bytes,
+                fsync=options.fsync,
+                busy_timeout_s=options.busy_timeout_s,
+                clock=clock,
+            )
+            for _ in range(2)
+        )
+        self._write_thread = ThreadPoolExecutor(1, "anaphora-disk-write")
+        self._read_thread = ThreadPoolExecutor(1, "anaphora-disk-read")
+        self._touched: dict[Key, None] = {}
+        self._num_evicted = 0
+        self._num_damaged = 0
+        self._opened = False
+        self._closed = False
+        self._retry_at_s = float("-inf")
+        self._opening_error = ""
+        try:
+            self._writer.open_epoch()
+        except TierFailed as error:
+            self._opening_failed(error)
+
+    async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
+        found = await self._read(lambda: self._reader.get(keys))
+        self.touch(found.entries)
+        if found.damaged:
+            await self._drop(found)
+        return found.entries
+
+    async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
+        stored: set[Key] = set()
+        for batch in _batches(entries):
+            touched, self._touched = self._touched, {}
+            written = await self._write(partial(self._writer.put, batch, epoch=epoch, touched=touched))
+            stored |= written.stored
+            if written.num_evicted:
+                self._num_evicted += written.num_evicted
+                self._emit(Evicted(self.name, written.num_evicted, written.evicted_bytes))
+        return frozenset(stored)
+
+    async def delete_many(self, keys: Collection[Key]) -> int:
+        return await self._write(lambda: self._writer.delete(keys))
+
+    async def forget(self, scope: Scope) -> int:
+        return await self._write(lambda: self._writer.forget(scope))
+
+    async def keys(self, scope: Scope = EVERYTHING) -> list[Key]:
+        return await self._read(lambda: self._reader.keys(scope))
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        touched = self._touched
+        for key in keys:
+            touched.pop(key, None)  # to the end: the order of use
+            touched[key] = None
+            if len(touched) > _MAX_TOUCHED:
+                del touched[next(iter(touched))]
+
+    def epoch(self) -> int:
+        epoch = self._writer.epoch
+        return 0 if epoch is None else epoch.read()
+
+    async def stats(self) -> TierStats:
+        num_entries, used_bytes = await self._read(self._reader.totals)
+        return TierStats(num_entries, used_bytes, self._capacity, self._num_evicted, self._num_damaged)
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        if self._opened and self._touched:
+            touched, self._touched = self._touched, {}
+            with contextlib.suppress(TierFailed):  # only the order of use is lost
+                await self._write(lambda: self._writer.touch(touched))
+        self._closed = True
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._read_thread, self._reader.close)
+        await loop.run_in_executor(self._write_thread, self._writer.close)
+        self._read_thread.shutdown()
+        self._write_thread.shutdown()
+
+    async def _drop(self, found: Found) -> None:
+        """Remove damaged rows, counting them. A row that went away in the meantime was evicted, not damaged."""
+        try:
+            count = await self._write(lambda: self._writer.drop_damaged(found.damaged))
+        except TierFailed:
+            count = len(found.damaged)
+        if count:
+            self._num_damaged += count
+            self._emit(Damaged(self.name, count))
+
+    async def _read(self, work: Callable[[], T]) -> T:
+        await self._open()
+        return await asyncio.get_running_loop().run_in_executor(self._read_thread, work)
+
+    async def _write(self, work: Callable[[], T]) -> T:
+        await self._open()
+        return await asyncio.get_running_loop().run_in_executor(self._write_thread, work)
+
+    async def _open(self) -> None:
+        """The first use opens the folder. Where that fails, the tier is out of use for a while, without trying again."""
+        if self._opened and not self._closed:
+            return
+        if self._closed:
+            raise TierFailed("the disk tier is closed")
+        if self._clock.monotonic_s() < self._retry_at_s:
+            raise TierFailed(self._opening_error)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._write_thread, self._writer.open)
+        except TierFailed as error:
+            self._opening_failed(error)
+            raise
+        self._opened = True
+
+    def _opening_failed(self, error: TierFailed) -> None:
+        self._opening_error = str(error)
+        self._retry_at_s = self._clock.monotonic_s() + _RETRY_OPENING_S
+
+
+def _batches(entries: Mapping[Key, Entry]) -> Iterator[dict[Key, Entry]]:
+    """Pieces that hold the folder's write lock for a short time each."""
+    batch: dict[Key, Entry] = {}
+    size = 0
+    for key, entry in entries.items():
+        batch[key] = entry
+        size += entry.size
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_ENTRIES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
