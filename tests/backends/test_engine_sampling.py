@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-import torch  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from anaphora.backends.engine_sampling import (  # noqa: E402
+from anaphora.backends.engine_sampling import (
     Sampled,
     SampledRow,
     SamplingPlan,
@@ -18,8 +18,8 @@ from anaphora.backends.engine_sampling import (  # noqa: E402
     plan_for,
     sample,
 )
-from anaphora.errors import InvalidRequest  # noqa: E402
-from anaphora.types import Sampling  # noqa: E402
+from anaphora.errors import InvalidRequest
+from anaphora.types import Sampling
 
 
 def tokens_of(sampled: list[Sampled]) -> list[int]:
