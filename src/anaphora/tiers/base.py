@@ -66,6 +66,9 @@ class Tier(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def capacity_bytes(self) -> int: ...
+
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
         """The entries that are there, intact and not expired. Reading is a use, in the eyes of eviction."""
         ...

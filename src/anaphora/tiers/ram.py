@@ -31,6 +31,10 @@ class RamTier:
         self._used = 0
         self._num_evicted = 0
 
+    @property
+    def capacity_bytes(self) -> int:
+        return self._capacity
+
     def get_now(self, key: Key) -> Entry | None:
         entry = self._entries.get(key)
         if entry is None:

@@ -79,6 +79,10 @@ class DiskTier:
         except TierFailed as error:
             self._opening_failed(error)
 
+    @property
+    def capacity_bytes(self) -> int:
+        return self._capacity
+
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
         found = await self._read(lambda: self._reader.get(keys))
         self.touch(found.entries)

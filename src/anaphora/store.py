@@ -1,0 +1,324 @@
+"""Bytes under keys, over an ordered list of tiers: the fastest first.
+
+Reading asks tier after tier and copies what it finds into the faster ones. Writing fills the first tier at once and the
+others behind the answer. A tier that fails or hangs makes this a smaller store, never a failed request (invariant 8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import msgspec
+
+from anaphora.clock import Clock
+from anaphora.errors import TierFailed
+from anaphora.events import Dropped, Emit, Failed, Forgotten, ignore
+from anaphora.tiers.base import EVERYTHING, Entry, ImmediateTier, Tier, TierStats
+from anaphora.types import Key, Scope, Tenant
+
+log = logging.getLogger(__name__)
+
+_BATCH_ENTRIES = 64
+_LOG_EVERY_S = 60.0
+
+
+class StoreOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    ttl_s: float | None = None
+    """Seconds an entry lives unless its put says otherwise. None: until it is evicted."""
+    max_pending_bytes: int = 32 << 20
+    """Of entries that wait to be written to one slower tier. What does not fit is not written there."""
+    lookup_timeout_s: float = 1.0
+    """How long a request waits for one tier's answer before it goes on without."""
+    rest_s: float = 5.0
+    """For how long a tier that did not answer in time is not asked again."""
+
+
+class Store:
+    """For one event loop.
+
+    What keeps it right (invariant 4): the first tier and the queues of pending writes change only between awaits, so each
+    change is one step for everybody else. Whoever awaited a slower tier compares `_state` before and after: if anything was
+    erased meanwhile, by this process or another, what was read may be just that, and is not used.
+    """
+
+    def __init__(
+        self, tiers: Sequence[Tier], *, clock: Clock, options: StoreOptions | None = None, emit: Emit = ignore
+    ) -> None:
+        self._tiers = tuple(tiers)
+        self._clock = clock
+        self._options = options or StoreOptions()
+        self._emit = emit
+        fastest = self._tiers[0]
+        self._first: ImmediateTier | None = fastest if isinstance(fastest, ImmediateTier) else None
+        behind = self._tiers if self._first is None else self._tiers[1:]
+        self._slower = tuple(_Behind(tier, self._options.max_pending_bytes, self._failed, emit) for tier in behind)
+        self._epochs = [tier.epoch for tier in behind]
+        self._seen = self._epoch()
+        self._num_erasures = 0
+        self._rest_until_s: dict[str, float] = {}
+        self._logged_at_s: dict[tuple[str, str], float] = {}
+
+    def get_now(self, key: Key) -> Entry | None:
+        """The entry, if it is in memory: no thread, no await. None says nothing about the slower tiers."""
+        self._heed_erasures()
+        if self._first is not None and (entry := self._first.get_now(key)) is not None:
+            for behind in self._slower:
+                behind.tier.touch((key,))  # or the hottest entries would look unused there
+            return entry
+        for behind in self._slower:
+            pending = behind.pending.get(key)
+            if pending is not None and not pending.entry.expired(self._clock.now_s()):
+                return pending.entry
+        return None
+
+    async def get(self, key: Key) -> Entry | None:
+        return self.get_now(key) or (await self.get_many((key,))).get(key)
+
+    async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
+        """Those of `keys` that some tier has."""
+        found: dict[Key, Entry] = {}
+        missing: list[Key] = []
+        for key in keys:
+            entry = self.get_now(key)
+            if entry is None:
+                missing.append(key)
+            else:
+                found[key] = entry
+        for position, behind in enumerate(self._slower):
+            if not missing:
+                break
+            for key, entry in (await self._ask(behind.tier, missing)).items():
+                found[key] = self._promoted(key, entry, position)
+            missing = [key for key in missing if key not in found]
+        return found
+
+    def put(
+        self,
+        key: Key,
+        value: bytes,
+        *,
+        cost_s: float = 0.0,
+        tenant: Tenant,
+        model: str = "",
+        tags: tuple[str, ...] = (),
+        ttl_s: float | None = None,
+    ) -> bool:
+        """Keep `value`, at once in memory and soon (see `flush`) in the slower tiers. False: no tier is large enough.
+
+        `cost_s` is what computing it took. It expires `ttl_s` (default: the store's) seconds from now in all tiers. Must be
+        called on the event loop.
+        """
+        now_s = self._clock.now_s()
+        ttl_s = self._options.ttl_s if ttl_s is None else ttl_s
+        entry = Entry(value, now_s, None if ttl_s is None else now_s + ttl_s, cost_s, tenant, model, tags)
+        self._heed_erasures()
+        fits = self._first is not None and self._first.put_now(key, entry)
+        for behind in self._slower:
+            fits |= entry.size <= behind.tier.capacity_bytes
+            behind.put(key, entry)
+        return fits
+
+    async def delete(self, keys: Collection[Key]) -> None:
+        """Remove `keys` everywhere, as far as the tiers can."""
+        self._num_erasures += 1
+        for behind in reversed(self._slower):
+            behind.drop(keys)
+            try:
+                async with behind.writing:
+                    await behind.tier.delete_many(keys)
+            except TierFailed as error:
+                self._failed(behind.tier, "delete", error)
+        self._num_erasures += 1
+        self._heed_erasures()
+        if self._first is not None:
+            self._first.delete_now(keys)
+
+    async def forget(self, scope: Scope) -> Forgotten:
+        """Erase everything within `scope` from every tier (invariant 7), then sweep the tiers to see that it is gone."""
+        removed: dict[str, int] = {}
+        remaining: dict[str, int] = {}
+        failed: list[str] = []
+        self._num_erasures += 1
+        from_first = 0 if self._first is None else self._first.forget_now(scope)
+        # Slowest first: nothing can then be promoted from a tier that still has it into one that was already cleared.
+        for behind in reversed(self._slower):
+            behind.forget(scope)
+            try:
+                async with behind.writing:
+                    removed[behind.tier.name] = await behind.tier.forget(scope)
+            except TierFailed as error:
+                self._failed(behind.tier, "forget", error)
+                failed.append(behind.tier.name)
+        self._num_erasures += 1
+        if self._first is not None:
+            removed[self._tiers[0].name] = from_first + self._first.forget_now(scope)  # what was promoted while we waited
+        self._heed_erasures()
+        for tier in self._tiers:
+            if tier.name not in failed:
+                try:
+                    remaining[tier.name] = len(await tier.keys(scope))
+                except TierFailed as error:
+                    self._failed(tier, "keys", error)
+                    failed.append(tier.name)
+        receipt = Forgotten(scope, removed, remaining, tuple(failed))
+        self._emit(receipt)
+        return receipt
+
+    async def stats(self) -> dict[str, TierStats]:
+        """Tier name → its figures; a tier that fails is left out."""
+        found: dict[str, TierStats] = {}
+        for tier in self._tiers:
+            try:
+                found[tier.name] = await tier.stats()
+            except TierFailed as error:
+                self._failed(tier, "stats", error)
+        return found
+
+    async def flush(self) -> None:
+        """Return when everything that was put before is in the slower tiers, or has failed to get there."""
+        for behind in self._slower:
+            await behind.flush()
+
+    async def aclose(self) -> None:
+        await self.flush()
+        for tier in self._tiers:
+            await tier.aclose()
+
+    # -- reading a slower tier -----------------------------------------------------------------------------------------
+
+    async def _ask(self, tier: Tier, keys: list[Key]) -> dict[Key, Entry]:
+        """What `tier` has of `keys`; nothing where it fails, rests, or what it read may have been erased meanwhile."""
+        if self._rest_until_s and self._clock.monotonic_s() < self._rest_until_s.get(tier.name, 0.0):
+            return {}
+        before = self._state()
+        try:
+            async with asyncio.timeout(self._options.lookup_timeout_s):
+                found = await tier.get_many(keys)
+        except TierFailed as error:
+            self._failed(tier, "get", error)
+            return {}
+        except TimeoutError:
+            self._failed(tier, "get", TierFailed("no answer in time"))
+            self._rest_until_s[tier.name] = self._clock.monotonic_s() + self._options.rest_s
+            return {}
+        return found if self._state() == before else {}
+
+    def _promoted(self, key: Key, entry: Entry, position: int) -> Entry:
+        """The entry to use, now also in the tiers above `position`. One that was put while we waited is newer and stays."""
+        newer = self.get_now(key)
+        if newer is not None:
+            return newer
+        if self._first is not None:
+            self._first.put_now(key, entry)
+        for faster in self._slower[:position]:
+            faster.put(key, entry)
+        return entry
+
+    # -- erasures ------------------------------------------------------------------------------------------------------
+
+    def _epoch(self) -> tuple[int, ...]:
+        return tuple([epoch() for epoch in self._epochs])
+
+    def _state(self) -> tuple[int, tuple[int, ...]]:
+        self._heed_erasures()
+        return self._num_erasures, self._seen
+
+    def _heed_erasures(self) -> None:
+        """Another process that shares a slower tier may have forgotten what this one still has a copy of: drop all copies.
+
+        All, because which ones is known only there; it is rare, and they come back from the slower tier.
+        """
+        epoch = self._epoch()
+        if epoch == self._seen:
+            return
+        self._seen = epoch
+        if self._first is not None:
+            self._first.forget_now(EVERYTHING)
+        for behind in self._slower:
+            behind.forget(EVERYTHING)
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def _failed(self, tier: Tier, operation: str, error: TierFailed) -> None:
+        """Count it, and say so in the log, once a minute for each kind."""
+        self._emit(Failed(tier.name, operation, str(error)))
+        now_s = self._clock.monotonic_s()
+        last_s = self._logged_at_s.get((tier.name, operation))
+        if last_s is None or now_s - last_s >= _LOG_EVERY_S:
+            self._logged_at_s[tier.name, operation] = now_s
+            log.warning("cache tier %s failed to %s, going on without: %s", tier.name, operation, error)
+
+
+class _Pending(msgspec.Struct, frozen=True):
+    entry: Entry
+    epoch: int
+    """Of the tier, when the entry was put: if something was forgotten since, the entry may be that, and is not written."""
+
+
+class _Behind:
+    """A slower tier and what waits to be written to it. An entry stays in `pending`, readable, until it is written."""
+
+    def __init__(self, tier: Tier, max_bytes: int, failed: Callable[[Tier, str, TierFailed], None], emit: Emit) -> None:
+        self.tier = tier
+        self.pending: dict[Key, _Pending] = {}
+        self.writing = asyncio.Lock()
+        """Held over each write and each erasure of the tier, so that no write that began before an erasure ends after it."""
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._failed = failed
+        self._emit = emit
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, key: Key, entry: Entry) -> None:
+        self.drop((key,))
+        if self._bytes + entry.size > self._max_bytes:
+            self._emit(Dropped(self.tier.name, 1))
+            return
+        self.pending[key] = _Pending(entry, self.tier.epoch())
+        self._bytes += entry.size
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._write_all())
+
+    def drop(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            pending = self.pending.pop(key, None)
+            if pending is not None:
+                self._bytes -= pending.entry.size
+
+    def forget(self, scope: Scope) -> None:
+        self.drop([key for key, pending in self.pending.items() if pending.entry.within(scope)])
+
+    async def flush(self) -> None:
+        while self._task is not None and not self._task.done():
+            # Shielded: giving up on waiting must not give up on writing.
+            await asyncio.shield(self._task)
+
+    async def _write_all(self) -> None:
+        while self.pending:
+            async with self.writing:
+                batch = self._next_batch()
+                if batch:
+                    await self._write(batch)
+
+    def _next_batch(self) -> dict[Key, _Pending]:
+        """The oldest entries, as many as share an epoch. Taken under `writing`: earlier ones may have been forgotten."""
+        batch: dict[Key, _Pending] = {}
+        for key, pending in self.pending.items():
+            if len(batch) >= _BATCH_ENTRIES or any(first.epoch != pending.epoch for first in batch.values()):
+                break
+            batch[key] = pending
+        return batch
+
+    async def _write(self, batch: dict[Key, _Pending]) -> None:
+        epoch = next(iter(batch.values())).epoch
+        stored: frozenset[Key] = frozenset()
+        try:
+            stored = await self.tier.put_many({key: pending.entry for key, pending in batch.items()}, epoch=epoch)
+        except TierFailed as error:
+            self._failed(self.tier, "put", error)
+        finally:
+            self.drop([key for key, pending in batch.items() if self.pending.get(key) is pending])
+        if len(stored) < len(batch):
+            self._emit(Dropped(self.tier.name, len(batch) - len(stored)))
