@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.usage.print_help(sys.stderr)
         return 2
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()  # here, where a closed pipe is understood; not at the interpreter's exit
+        return status
     except ConfigError as error:
         return _failed(error, 2)
     except AnaphoraError as error:
