@@ -26,7 +26,7 @@ class MissReason(StrEnum):
     """The request's `Cache-Control: no-cache`."""
     STALE_FOR_REQUEST = "stale_for_request"
     """An entry exists, older than the request's `max-age`."""
-    LONGER_THAN_LIMIT = "longer_than_limit"
+    OTHER_LIMIT = "other_limit"
     """An entry exists, but it was finished under another token limit and cannot stand for an answer under this one."""
     SAMPLED = "sampled"
     """A sampled answer is wanted and the setting is `never`."""
@@ -37,7 +37,7 @@ class MissReason(StrEnum):
     UNKNOWN_MODEL = "unknown_model"
     """The model's fingerprint is not known (yet), so there is no key."""
     UNREADABLE = "unreadable"
-    """The stored bytes could not be decoded; they were dropped."""
+    """The stored bytes are intact but not an answer of this version; the next answer replaces them."""
 
 
 class RefusedReason(StrEnum):
@@ -61,6 +61,8 @@ class RefusedReason(StrEnum):
     """`max_tokens` 0: there is no answer."""
     UNKNOWN_MODEL = "unknown_model"
     """The model's fingerprint is not known (yet), so there is no key."""
+    NO_LEVEL = "no_level"
+    """The answer cache is turned off."""
 
 
 class Hit(msgspec.Struct, Generic[V_co], frozen=True):

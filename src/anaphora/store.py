@@ -120,21 +120,6 @@ class Store:
             behind.put(key, entry)
         return fits
 
-    async def delete(self, keys: Collection[Key]) -> None:
-        """Remove `keys` everywhere, as far as the tiers can."""
-        self._num_erasures += 1
-        for behind in reversed(self._slower):
-            behind.drop(keys)
-            try:
-                async with behind.writing:
-                    await behind.tier.delete_many(keys)
-            except TierFailed as error:
-                self._failed(behind.tier, "delete", error)
-        self._num_erasures += 1
-        self._heed_erasures()
-        if self._first is not None:
-            self._first.delete_now(keys)
-
     async def forget(self, scope: Scope) -> Forgotten:
         """Erase everything within `scope` from every tier (invariant 7), then sweep the tiers to see that it is gone."""
         removed: dict[str, int] = {}
@@ -305,9 +290,11 @@ class _Behind:
     def _next_batch(self) -> dict[Key, _Pending]:
         """The oldest entries, as many as share an epoch. Taken under `writing`: earlier ones may have been forgotten."""
         batch: dict[Key, _Pending] = {}
+        epoch = 0
         for key, pending in self.pending.items():
-            if len(batch) >= _BATCH_ENTRIES or any(first.epoch != pending.epoch for first in batch.values()):
+            if len(batch) >= _BATCH_ENTRIES or (batch and pending.epoch != epoch):
                 break
+            epoch = pending.epoch
             batch[key] = pending
         return batch
 

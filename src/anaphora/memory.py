@@ -1,0 +1,108 @@
+"""The levels of answers, grouped: what is recalled, learned and forgotten as one.
+
+Recall asks level after level, the surest first; learning and forgetting go to all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from anaphora.events import Emit, Forgotten, Hit, Miss, MissReason, Refused, RefusedReason, Stored, ignore
+from anaphora.keys import request_key
+from anaphora.levels.base import Level, Question
+from anaphora.tiers.base import TierStats
+from anaphora.types import CacheControl, Completion, Key, Request, Scope
+
+NO_WISHES = CacheControl()
+AnswerLevel = Level[Question, Completion]
+
+
+class Recall(msgspec.Struct, frozen=True):
+    """What memory says to a request: a hit, or why each level asked has none."""
+
+    key: Key | None
+    """What makes requests the same question, also for sharing one computation. None: the model is not known."""
+    hit: Hit[Completion] | None
+    misses: tuple[Miss, ...] = ()
+
+
+class Memory:
+    """`fingerprint` gives a model's fingerprint by the name a request uses, None while it is not known.
+
+    `levels` without any is a memory that recalls nothing and learns nothing.
+    """
+
+    def __init__(self, levels: Sequence[AnswerLevel], *, fingerprint: Callable[[str], str | None], emit: Emit = ignore) -> None:
+        self._levels = tuple(levels)
+        self._fingerprint = fingerprint
+        self._emit = emit
+
+    async def recall(self, request: Request, control: CacheControl = NO_WISHES) -> Recall:
+        """The remembered answer. Does not suspend where it is in this process's memory."""
+        key = self._key(request)
+        if key is None:
+            miss = Miss("memory", MissReason.UNKNOWN_MODEL)
+            self._emit(miss)
+            return Recall(None, None, (miss,))
+        question = Question(request, key, control)
+        misses: list[Miss] = []
+        for level in self._levels:
+            answer = await level.lookup(question)
+            self._emit(answer)
+            if isinstance(answer, Hit):
+                return Recall(key, answer, tuple(misses))
+            misses.append(answer)
+        return Recall(key, None, tuple(misses))
+
+    async def learn(
+        self,
+        request: Request,
+        control: CacheControl,
+        completion: Completion,
+        *,
+        clean: bool,
+        key: Key | None = None,
+        tags: tuple[str, ...] = (),
+    ) -> Stored | Refused:
+        """Keep `completion` where it may be kept; the first level's word on it that says Stored, else the last one's.
+
+        `clean`: the answer was seen to its `End`. `key` is the recall's: an answer belongs to the question as it was when
+        it was asked, even if the model has been replaced since.
+        """
+        key = self._key(request) if key is None else key
+        outcomes: list[Stored | Refused] = []
+        if key is None or not self._levels:
+            outcomes.append(Refused("memory", RefusedReason.UNKNOWN_MODEL if key is None else RefusedReason.NO_LEVEL))
+        else:
+            question = Question(request, key, control)
+            cost_s = completion.compute_s
+            outcomes += [
+                await level.learn(question, completion, clean=clean, cost_s=cost_s, tags=tags) for level in self._levels
+            ]
+        for outcome in outcomes:
+            self._emit(outcome)
+        return next((outcome for outcome in outcomes if isinstance(outcome, Stored)), outcomes[-1])
+
+    async def forget(self, scope: Scope) -> tuple[Forgotten, ...]:
+        """Erase everything within `scope`; one receipt for each level."""
+        return tuple([await level.forget(scope) for level in self._levels])
+
+    async def stats(self) -> dict[str, dict[str, TierStats]]:
+        """Level name → tier name → figures."""
+        return {level.name: await level.stats() for level in self._levels}
+
+    async def flush(self) -> None:
+        """Return when what was learned so far is in every tier."""
+        for level in self._levels:
+            await level.flush()
+
+    async def aclose(self) -> None:
+        """Flush and let go of every tier."""
+        for level in self._levels:
+            await level.aclose()
+
+    def _key(self, request: Request) -> Key | None:
+        fingerprint = self._fingerprint(request.model)
+        return None if fingerprint is None else request_key(request, fingerprint=fingerprint)
