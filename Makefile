@@ -14,6 +14,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## make .venv and install everything into it
+	@echo ".venv is ready"
 
 serve: $(STAMP) ## serve SmolLM2 on http://127.0.0.1:8080 (ARGS="--port 9000 ...")
 	@exec $(BIN)/anaphora serve $(ARGS)
