@@ -10,6 +10,7 @@ AnaphoraError
     ├── PermissionDenied   403  the key may not do this
     ├── NotFound           404  no such path or object
     │   └── ModelNotFound  404  no such model
+    ├── MethodNotAllowed   405  the path exists, but not with this method
     ├── TooLarge           413  the body is larger than the limit
     ├── QueueFull          429  too many requests are waiting; `retry_after_s` says when to come back
     ├── BackendFailed      500  the computation failed in a way a retry may not mend
@@ -69,6 +70,10 @@ class NotFound(ServiceError):
 
 class ModelNotFound(NotFound):
     pass
+
+
+class MethodNotAllowed(ServiceError):
+    status = 405
 
 
 class TooLarge(ServiceError):

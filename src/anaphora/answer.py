@@ -1,0 +1,149 @@
+"""What a client gets from the gateway: an answer that is there already, or one that is being computed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Literal
+
+from anaphora.clock import Clock
+from anaphora.events import Answered, Emit, Hit
+from anaphora.flight import Subscription
+from anaphora.memory import Recall
+from anaphora.transcript import Collector, replay
+from anaphora.types import (
+    Completion,
+    Delta,
+    End,
+    Finish,
+    FinishReason,
+    Request,
+    TextDelta,
+    ThinkingDelta,
+    ToolUseDelta,
+    Usage,
+)
+
+Source = Literal["hit", "miss", "collapsed", "bypass"]
+NO_USAGE = Usage()
+
+
+class Recalled:
+    """An answer from the cache. Times in seconds."""
+
+    __slots__ = ("age_s", "completion", "key", "saved_s", "ttl_s")
+    source: Source = "hit"
+
+    def __init__(self, hit: Hit[Completion]) -> None:
+        self.completion = hit.value
+        self.key = hit.key[:8].hex()
+        """Start of the entry's key in hex."""
+        self.age_s = hit.age_s
+        self.ttl_s = hit.ttl_s
+        self.saved_s = hit.cost_s
+
+    def deltas(self) -> Iterator[Delta]:
+        return replay(self.completion)
+
+    def answered(self, request: Request, elapsed_s: float) -> Answered:
+        completion = self.completion
+        reasons = tuple([choice.reason for choice in completion.choices])
+        usage = completion.usage
+        return Answered(
+            request.tenant, request.model, "hit", "finished", usage, reasons, elapsed_s, elapsed_s, saved_s=self.saved_s
+        )
+
+
+class Live:
+    """An answer that is being computed. Iterated by one task; whoever holds it must call `leave` in the end."""
+
+    __slots__ = ("_meter", "_subscription", "key", "reason", "source")
+
+    def __init__(self, subscription: Subscription, source: Source, recalled: Recall, meter: Meter) -> None:
+        self.source = source
+        self.key = recalled.key[:8].hex() if recalled.key is not None else ""
+        """Start of the question's key in hex; empty where it has none."""
+        self.reason = recalled.misses[-1].reason if recalled.misses else None
+        """Why it was not recalled. None: no level was asked."""
+        self._subscription = subscription
+        self._meter = meter
+
+    async def burst(self) -> list[Delta]:
+        """All deltas since the last call, at least one; empty at the end. Raises ServiceError where the computation fails."""
+        try:
+            burst = await self._subscription.burst()
+        except Exception:  # of any kind, and it goes on its way
+            self._meter.finish("failed")
+            raise
+        self._meter.note(burst)
+        return burst
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while burst := await self.burst():
+            for delta in burst:
+                yield delta
+
+    async def whole(self) -> Completion | None:
+        """The finished answer; None where its client left before it was finished."""
+        collector = Collector()
+        while burst := await self.burst():
+            for delta in burst:
+                collector.add(delta)
+        return collector.completion
+
+    def leave(self) -> None:
+        """Safe to call at any time, more than once: ends a wait in `burst`, cancels the computation if nobody else waits."""
+        self._subscription.leave()
+        self._meter.finish("left")
+
+
+Answer = Recalled | Live
+
+
+class Meter:
+    """Times one client's answer, and says so in one event when it is over."""
+
+    def __init__(self, request: Request, source: Source, started_s: float, clock: Clock, emit: Emit) -> None:
+        self._request = request
+        self._source: Source = source
+        self._started_s = started_s
+        self._clock = clock
+        self._emit = emit
+        self._first_s: float | None = None
+        self._last_s = started_s
+        self._gaps_s: list[float] = []
+        self._reasons: list[FinishReason] = []
+        self._over = False
+
+    def note(self, burst: list[Delta]) -> None:
+        now_s = self._clock.monotonic_s()
+        for delta in burst:
+            if isinstance(delta, TextDelta | ThinkingDelta | ToolUseDelta):
+                if self._first_s is None:
+                    self._first_s = now_s - self._started_s
+                else:
+                    self._gaps_s.append(now_s - self._last_s)
+                self._last_s = now_s
+            elif isinstance(delta, Finish):
+                self._reasons.append(delta.reason)
+            elif isinstance(delta, End):
+                self.finish("finished", delta.usage, delta.compute_s)
+
+    def finish(self, outcome: Literal["finished", "failed", "left"], usage: Usage = NO_USAGE, compute_s: float = 0.0) -> None:
+        if self._over:
+            return
+        self._over = True
+        request = self._request
+        self._emit(
+            Answered(
+                request.tenant,
+                request.model,
+                self._source,
+                outcome,
+                usage,
+                tuple(self._reasons),
+                self._clock.monotonic_s() - self._started_s,
+                self._first_s,
+                tuple(self._gaps_s),
+                compute_s if self._source == "collapsed" else 0.0,
+            )
+        )

@@ -1,0 +1,48 @@
+"""Which models there are, by every name that clients may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from anaphora.backends.base import Backend
+from anaphora.errors import ModelNotFound
+from anaphora.types import ModelInfo
+
+
+class Catalogue:
+    """The models of `backend`; `aliases` are further names of its first one.
+
+    Current while the backend is ready. While it is not (it is loading, or being restarted) the models are as they were, so
+    that remembered answers can still be given; before the first time there are none to know.
+    """
+
+    def __init__(self, backend: Backend, aliases: Iterable[str] = ()) -> None:
+        self._backend = backend
+        self._aliases = tuple(aliases)
+        self._models: tuple[ModelInfo, ...] = ()
+        self._by_name: dict[str, ModelInfo] = {}
+
+    async def all(self) -> tuple[ModelInfo, ...]:
+        """Waits for the backend only where nothing is known yet."""
+        if self._models and not self._backend.ready():
+            return self._models
+        models = await self._backend.models()
+        if models is not self._models:  # a restarted backend may have other weights, and so other fingerprints
+            self._models = models
+            self._by_name = dict.fromkeys(self._aliases, models[0]) if models else {}
+            self._by_name |= {model.id: model for model in models}
+        return models
+
+    async def get(self, name: str) -> ModelInfo:
+        """The model that clients call `name`. Raises ModelNotFound with the ids there are."""
+        models = await self.all()
+        model = self._by_name.get(name)
+        if model is None:
+            ids = ", ".join(model.id for model in models)
+            raise ModelNotFound(f"The model '{name}' does not exist here; there is: {ids}.", param="model")
+        return model
+
+    def fingerprint(self, name: str) -> str | None:
+        """Of the model called `name`, as far as it is known without waiting."""
+        model = self._by_name.get(name)
+        return None if model is None else model.fingerprint

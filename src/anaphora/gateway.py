@@ -1,0 +1,152 @@
+"""THE path of a request: recall, or compute once and learn. Read `Gateway.complete` from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+
+from anaphora.answer import Answer, Live, Meter, Recalled, Source
+from anaphora.backends.base import Backend
+from anaphora.catalogue import Catalogue
+from anaphora.clock import Clock, SystemClock
+from anaphora.errors import NotCached
+from anaphora.events import Computed, Emit, Failed, Forgotten, MissReason, ignore
+from anaphora.flight import Flights
+from anaphora.memory import Memory, Recall
+from anaphora.types import CacheControl, Completion, ModelInfo, Request, Scope
+
+log = logging.getLogger(__name__)
+
+NO_DIRECTIVES = CacheControl()
+
+_ALONE = frozenset({MissReason.NO_CACHE, MissReason.SAMPLED, MissReason.EMPTY_BUCKET})
+"""Misses of requests that want a computation of their own: they join nobody, and nobody joins them."""
+_BYPASS = frozenset({MissReason.SAMPLED, MissReason.PREWARM, MissReason.UNKNOWN_MODEL})
+"""Misses of requests that the answer cache does not serve at all."""
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What a forget did: in each level of answers, and how many blocks or entries went in the backend."""
+
+    answers: tuple[Forgotten, ...]
+    backend: int
+
+
+class Gateway:
+    """Answers requests from `memory`, or from `backend`, whose models `catalogue` knows. Owns all three."""
+
+    def __init__(
+        self, backend: Backend, memory: Memory, catalogue: Catalogue, *, clock: Clock | None = None, emit: Emit = ignore
+    ) -> None:
+        self._backend = backend
+        self._memory = memory
+        self._catalogue = catalogue
+        self._clock = clock or SystemClock()
+        self._emit = emit
+        self._flights = Flights()
+        self._num_forgets = 0
+
+    async def start(self) -> None:
+        await self._backend.start()
+
+    async def aclose(self) -> None:
+        """Cut what is being computed, let what is finished be learned, and close the backend and the memory."""
+        await self._flights.aclose()
+        await self._backend.aclose()
+        await self._memory.aclose()
+
+    def ready(self) -> bool:
+        return self._backend.ready()
+
+    async def complete(self, request: Request, control: CacheControl = NO_DIRECTIVES) -> Answer:
+        """Answer one request. Raises ModelNotFound, and NotCached where `only_if_cached` finds nothing.
+
+        Whatever else goes wrong is raised by the answer, before or between its deltas. Who gets a `Live` answer must
+        `leave` it in the end. On a hit in memory this does not suspend.
+        """
+        started_s = self._clock.monotonic_s()
+        model = await self._catalogue.get(request.model)
+        if model.id != request.model:
+            request = msgspec.structs.replace(request, model=model.id)
+
+        recalled = await self._recall(request, control)
+        if recalled.hit is not None:
+            answer = Recalled(recalled.hit)
+            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s))
+            return answer
+        if control.only_if_cached:
+            raise NotCached("Nothing that this request accepts is cached, and it asks for cached answers only.")
+
+        num_forgets = self._num_forgets
+
+        async def landed(completion: Completion) -> None:
+            self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s))
+            if num_forgets == self._num_forgets:  # else it may hold what was to be forgotten
+                await self._learn(request, model, control, completion, recalled)
+
+        key = None if _alone(recalled, control) else (recalled.key, request.max_tokens)
+        subscription = self._flights.join(key, lambda: self._backend.run(request), landed)
+        source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
+        meter = Meter(request, source, started_s, self._clock, self._emit)
+        return Live(subscription, source, recalled, meter)
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        return await self._catalogue.all()
+
+    async def model(self, name: str) -> ModelInfo:
+        """Raises ModelNotFound."""
+        return await self._catalogue.get(name)
+
+    async def count_tokens(self, request: Request) -> int:
+        """Prompt tokens of `request`, whatever is cached."""
+        model = await self._catalogue.get(request.model)
+        return await self._backend.count_tokens(msgspec.structs.replace(request, model=model.id))
+
+    async def forget(self, scope: Scope) -> Receipt:
+        """Forget everything of `scope`. What is being computed now still reaches its clients, and is not learned."""
+        self._num_forgets += 1
+        answers = await self._memory.forget(scope)
+        return Receipt(answers, await self._backend.forget(scope))
+
+    async def stats(self) -> dict[str, Any]:
+        """The backend's own counters and gauges by name, as `Backend.stats` gives them."""
+        return await self._backend.stats()
+
+    # -- the cache, which may fail without harm (invariant 8) ----------------------------------------------------------
+
+    async def _recall(self, request: Request, control: CacheControl) -> Recall:
+        try:
+            return await self._memory.recall(request, control)
+        except Exception as error:  # whatever breaks in a level, the request goes on
+            self._cache_failed("recall", error)
+            return Recall(None, None)
+
+    async def _learn(
+        self, request: Request, model: ModelInfo, control: CacheControl, completion: Completion, recalled: Recall
+    ) -> None:
+        try:
+            if await self._catalogue.get(model.id) == model:  # else another model answered than the key says
+                await self._memory.learn(request, control, completion, clean=True, key=recalled.key)
+        except Exception as error:  # likewise: the clients have their answer already
+            self._cache_failed("learn", error)
+
+    def _cache_failed(self, operation: str, error: Exception) -> None:
+        log.warning("the answer cache failed to %s; the request goes on without it", operation, exc_info=error)
+        self._emit(Failed("memory", operation, repr(error)))
+
+
+def _alone(recalled: Recall, control: CacheControl) -> bool:
+    """Whether the request must not share a computation: it wants a fresh or a private one, or nothing is ever shared."""
+    return (
+        recalled.key is None
+        or not recalled.misses
+        or control.no_store
+        or any(miss.reason in _ALONE for miss in recalled.misses)
+    )
+
+
+def _bypass(recalled: Recall, control: CacheControl) -> bool:
+    """Whether the answer cache has no part in this request. Without a level to ask it never has."""
+    return control.no_store or all(miss.reason in _BYPASS for miss in recalled.misses)

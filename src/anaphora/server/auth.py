@@ -1,0 +1,55 @@
+"""API keys to tenants, and where a server without keys may listen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from anaphora.config import is_loopback
+from anaphora.errors import ConfigError, Unauthenticated
+from anaphora.types import LOCAL_TENANT, Tenant
+
+
+class Keyring:
+    """Who may ask. Keeps digests only: looking one up takes the same time however much of a guess is right, and no key can
+    end up in a log. Without keys everybody is the one local tenant."""
+
+    def __init__(self, keys: Mapping[str, Tenant]) -> None:
+        self._tenants = {_digest(key.encode()): tenant for key, tenant in keys.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._tenants)
+
+    def tenant(self, authorization: bytes | None, api_key: bytes | None) -> Tenant:
+        """The tenant of `Authorization: Bearer KEY` or `x-api-key: KEY`. Raises Unauthenticated."""
+        if not self._tenants:
+            return LOCAL_TENANT
+        key = api_key if api_key is not None else _bearer(authorization)
+        if key is None:
+            raise Unauthenticated(
+                "No API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.", code="missing_api_key"
+            )
+        tenant = self._tenants.get(_digest(key))
+        if tenant is None:
+            raise Unauthenticated("This API key is not known.", code="invalid_api_key")
+        return tenant
+
+
+def check_bind(host: str, keys: Mapping[str, Tenant]) -> None:
+    """Raises ConfigError where strangers could reach a server that asks for no key."""
+    if not keys and not is_loopback(host):
+        raise ConfigError(
+            f"server.host: without API keys only a loopback address may be listened on, not {host}; "
+            "add [[server.keys]] or use 127.0.0.1"
+        )
+
+
+def _bearer(authorization: bytes | None) -> bytes | None:
+    if authorization is None:
+        return None
+    scheme, _, key = authorization.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else None
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,75 @@
+"""Caching headers: `Cache-Control` of requests (RFC 9111 §5.2.1), `Cache-Status` (RFC 9211) and `Age` of answers. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from anaphora.answer import Answer, Recalled
+from anaphora.events import MissReason
+from anaphora.types import CacheControl
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+NO_DIRECTIVES = CacheControl()
+
+_DIRECTIVE = re.compile(r"""\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,]*))?\s*(?:,|$)|[^,]*(?:,|$)""")
+
+# RFC 9211 §2.2: "request" is for answers that the request's own directives ruled out, "bypass" for what the cache does not
+# handle at all.
+_FWD = {
+    MissReason.NO_CACHE: b"request",
+    MissReason.STALE_FOR_REQUEST: b"request",
+    MissReason.SAMPLED: b"bypass",
+    MissReason.PREWARM: b"bypass",
+    MissReason.UNKNOWN_MODEL: b"bypass",
+}
+
+NOT_CACHED: RawHeaders = [(b"cache-status", b"anaphora; detail=only-if-cached")]
+
+
+def cache_control(value: bytes | None) -> CacheControl:
+    """The directives that Anaphora honours; unknown and malformed ones are ignored, as the RFC demands.
+
+    Several `max-age` give the smallest; one that is no number of seconds counts as 0, the careful reading.
+    """
+    if not value:
+        return NO_DIRECTIVES
+    no_store = no_cache = only_if_cached = False
+    max_age_s: float | None = None
+    for name, argument in _DIRECTIVE.findall(value.decode("latin-1")):
+        match name.lower():
+            case "no-store":
+                no_store = True
+            case "no-cache":
+                no_cache = True
+            case "only-if-cached":
+                only_if_cached = True
+            case "max-age":
+                seconds = _seconds(argument)
+                max_age_s = seconds if max_age_s is None else min(max_age_s, seconds)
+    return CacheControl(no_store, no_cache, only_if_cached, max_age_s)
+
+
+def _seconds(argument: str) -> float:
+    digits = argument.strip('"')
+    return float(digits[:10]) if digits.isascii() and digits.isdigit() else 0.0
+
+
+def of_answer(answer: Answer, kv_reused_tokens: int) -> RawHeaders:
+    """Where the answer came from and what that saved."""
+    if isinstance(answer, Recalled):
+        ttl = b"" if answer.ttl_s is None else b"; ttl=%d" % answer.ttl_s
+        return [
+            (b"cache-status", b'anaphora; hit%b; key="%b"' % (ttl, answer.key.encode())),
+            (b"age", b"%d" % max(0, answer.age_s)),
+            (b"x-anaphora-saved-ms", b"%d" % (answer.saved_s * 1000)),
+        ]
+    reason = answer.reason
+    fwd = b"bypass" if answer.source == "bypass" or reason is None else _FWD.get(reason, b"miss")
+    collapsed = b"; collapsed" if answer.source == "collapsed" else b""
+    key = b'; key="%b"' % answer.key.encode() if answer.key else b""
+    detail = b"" if reason is None or reason is MissReason.ABSENT else b"; detail=%b" % reason.encode()
+    return [
+        (b"cache-status", b"anaphora; fwd=%b%b%b%b" % (fwd, collapsed, key, detail)),
+        (b"x-anaphora-kv-reused-tokens", b"%d" % kv_reused_tokens),
+    ]

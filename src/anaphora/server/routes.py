@@ -1,0 +1,238 @@
+"""The endpoints. Errors before the first byte have their own status; after it they are the stream's error event."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from anaphora.answer import Live, Recalled
+from anaphora.errors import BackendFailed, InvalidRequest, NotFound, ServiceError
+from anaphora.server import headers
+from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, Sender, id_header
+from anaphora.server.headers import RawHeaders
+from anaphora.server.metrics import CONTENT_TYPE
+from anaphora.types import Begin, Delta, End, Scope
+from anaphora.wire import sse
+from anaphora.wire.base import Dialect, Parsed, StreamWriter
+from anaphora.wire.openai_common import render_model, render_models
+
+log = logging.getLogger(__name__)
+
+_EVENTS = [(b"content-type", sse.CONTENT_TYPE.encode() + b"; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Answers(Endpoint):
+    """`POST` of a question in one dialect."""
+
+    def __init__(self, api: Api, dialect: Dialect) -> None:
+        super().__init__(api)
+        self._dialect = dialect
+
+    def dialect(self, path: str, head: Mapping[bytes, bytes]) -> Dialect:
+        return self._dialect
+
+    async def answer(self, call: Call) -> None:
+        body = await call.body()
+        parsed = self._dialect.parse(body, tenant=call.tenant, version=call.version)
+        control = headers.cache_control(call.head.get(b"cache-control"))
+        answer = await self.api.gateway.complete(parsed.request, control)
+        if isinstance(answer, Recalled):
+            await self._recalled(call, parsed, answer)
+        else:
+            await self._live(call, parsed, answer)
+
+    async def _recalled(self, call: Call, parsed: Parsed, answer: Recalled) -> None:
+        raw = [id_header(self._dialect, call.ids), *headers.of_answer(answer, 0)]
+        if parsed.rendering.stream:
+            writer = self._dialect.writer(parsed.rendering, call.ids)
+            await call.sender.start(200, _EVENTS + raw)
+            await call.sender.last(b"".join(map(writer.feed, answer.deltas())))
+            return
+        raw.append(JSON)
+        await call.sender.whole(200, raw, self._dialect.render(answer.completion, parsed.rendering, call.ids))
+
+    async def _live(self, call: Call, parsed: Parsed, answer: Live) -> None:
+        gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
+        gone.add_done_callback(lambda _: answer.leave())
+        try:
+            if parsed.rendering.stream:
+                await self._stream(call, parsed, answer)
+            else:
+                await self._whole(call, parsed, answer)
+        finally:
+            gone.cancel()
+            answer.leave()
+
+    async def _whole(self, call: Call, parsed: Parsed, answer: Live) -> None:
+        completion = await answer.whole()
+        if completion is None:  # the client is gone: nobody to answer to
+            return
+        raw = self._headers(call, answer, completion.usage.kv_reused_tokens)
+        raw.append(JSON)
+        await call.sender.whole(200, raw, self._dialect.render(completion, parsed.rendering, call.ids))
+
+    async def _stream(self, call: Call, parsed: Parsed, answer: Live) -> None:
+        """The head waits for the first delta: so an error before it has a status of its own, and the reuse is known."""
+        burst = await answer.burst()
+        if not burst:
+            return
+        reused = burst[0].usage.kv_reused_tokens if isinstance(burst[0], Begin) else 0
+        await call.sender.start(200, _EVENTS + self._headers(call, answer, reused))
+        writer = self._dialect.writer(parsed.rendering, call.ids)
+        try:
+            while burst and not isinstance(burst[-1], End):
+                await _feed(call.sender, writer, burst)
+                burst = await answer.burst()
+        except ServiceError as error:
+            await call.sender.last(writer.fail(error))
+            return
+        except Exception:  # the status is out; the stream can still say that it failed
+            log.exception("a stream failed unexpectedly (req_%s)", call.ids.id)
+            await call.sender.last(writer.fail(BackendFailed("Something went wrong inside Anaphora.")))
+            return
+        await call.sender.last(b"".join(map(writer.feed, burst)))
+
+    def _headers(self, call: Call, answer: Live, kv_reused_tokens: int) -> RawHeaders:
+        return [id_header(self._dialect, call.ids), *headers.of_answer(answer, kv_reused_tokens)]
+
+
+async def _feed(sender: Sender, writer: StreamWriter, burst: list[Delta]) -> None:
+    if events := b"".join(map(writer.feed, burst)):
+        await sender.more(events)
+
+
+async def _gone(call: Call) -> None:
+    """Returns when the client has closed the connection."""
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
+
+
+class CountTokens(Endpoint):
+    """`POST /v1/messages/count_tokens`."""
+
+    async def answer(self, call: Call) -> None:
+        request = ANTHROPIC.parse_count_tokens(await call.body(), tenant=call.tenant, version=call.version)
+        num_tokens = await self.api.gateway.count_tokens(request)
+        await call.json(ANTHROPIC.render_count(num_tokens), ANTHROPIC)
+
+
+class Models(Endpoint):
+    """`GET /v1/models` and `GET /v1/models/{id}`, in the dialect that the headers ask for."""
+
+    async def answer(self, call: Call) -> None:
+        anthropic = b"anthropic-version" in call.head
+        name = call.connection["path_params"].get("id")
+        if name is not None:
+            model = await self.api.gateway.model(name)
+            body = ANTHROPIC.render_model(model) if anthropic else render_model(model)
+        else:
+            models = await self.api.gateway.models()
+            page = _page(call)
+            body = (
+                ANTHROPIC.render_models(models, limit=page.limit, after_id=page.after_id, before_id=page.before_id)
+                if anthropic
+                else render_models(models)
+            )
+        await call.json(body, ANTHROPIC if anthropic else OPENAI)
+
+
+class _Page(msgspec.Struct, frozen=True):
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 20
+    after_id: str | None = None
+    before_id: str | None = None
+
+
+def _page(call: Call) -> _Page:
+    query = dict(parse_qsl(call.connection["query_string"].decode("latin-1")))
+    try:
+        return msgspec.convert(query, _Page, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"The query is wrong: {error}.") from error
+
+
+class NoSuchPath(Endpoint):
+    """Whatever is not served. Open: whether a path exists is no secret."""
+
+    open = True
+
+    async def answer(self, call: Call) -> None:
+        raise NotFound(f"There is nothing at {call.connection['method']} {call.connection['path']}.", code="unknown_url")
+
+
+# -- for operators -------------------------------------------------------------------------------------------------------
+
+
+class Health(Endpoint):
+    """`GET /health`: the process is up."""
+
+    open = True
+
+    async def answer(self, call: Call) -> None:
+        await call.json(b'{"status":"ok"}')
+
+
+class Ready(Endpoint):
+    """`GET /ready`: 200 when a question would be answered now, else 503 and what is being waited for."""
+
+    open = True
+
+    async def answer(self, call: Call) -> None:
+        if self.api.gateway.ready():
+            await call.json(b'{"ready":true}')
+            return
+        stats = await self.api.gateway.stats()
+        waiting_for = str(stats.get("stage", "the backend"))
+        body = msgspec.json.encode({"ready": False, "waiting_for": waiting_for})
+        await call.sender.whole(503, [JSON, (b"retry-after", b"1")], body)
+
+
+class MetricsPage(Endpoint):
+    """`GET /metrics`, for Prometheus."""
+
+    open = True
+
+    async def answer(self, call: Call) -> None:
+        gateway = self.api.gateway
+        models = await gateway.models() if gateway.ready() else ()
+        body = self.api.metrics.render(await gateway.stats(), models[0].id if models else "")
+        await call.sender.whole(200, [(b"content-type", CONTENT_TYPE.encode())], body)
+
+
+class Stats(Endpoint):
+    """`GET /anaphora/stats`: the caller's own account, and the backend's figures."""
+
+    async def answer(self, call: Call) -> None:
+        gateway = self.api.gateway
+        figures: dict[str, Any] = {
+            "tenant": call.tenant,
+            "ready": gateway.ready(),
+            "answers": self.api.ledger.account(call.tenant),
+            "backend": await gateway.stats(),
+        }
+        await call.json(msgspec.json.encode(figures))
+
+
+class _WhatToForget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    tag: str | None = None
+    model: str | None = None
+
+
+class Forget(Endpoint):
+    """`POST /anaphora/forget` with `{"model"?, "tag"?}`: forgets what the caller's tenant has, in every level and tier."""
+
+    async def answer(self, call: Call) -> None:
+        body = await call.body()
+        try:
+            what = msgspec.json.decode(body or b"{}", type=_WhatToForget)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"The body is wrong: {error}.") from error
+        receipt = await self.api.gateway.forget(Scope(tenant=call.tenant, tag=what.tag, model=what.model))
+        await call.json(msgspec.json.encode(receipt))
