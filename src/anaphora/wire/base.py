@@ -224,7 +224,9 @@ def read_stop(body: Json, key: str) -> tuple[str, ...]:
 
 
 def compact_arguments(arguments: str) -> str:
-    """Tool arguments as compact JSON, keys in their order; text that is no JSON object stays as it is."""
+    """Tool arguments as compact JSON, keys in their order; none are {}; text that is no JSON object stays as it is."""
+    if not arguments:
+        return "{}"
     try:
         value = msgspec.json.decode(arguments)
     except (msgspec.MsgspecError, RecursionError):

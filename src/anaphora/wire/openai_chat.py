@@ -305,7 +305,7 @@ class _Writer:
         self._head = b'data: {"id":"chatcmpl-%b","object":"chat.completion.chunk","created":%d,"model":%b,"choices":[' % (
             ids.id.encode(),
             ids.created_s,
-            encode(rendering.model),
+            sse.line(encode(rendering.model)),
         )
         self._tail = b'],"usage":null}\n\n' if rendering.include_usage else b"]}\n\n"
 
@@ -341,4 +341,4 @@ class _Writer:
 
     def _chunk(self, choice: int, delta: bytes, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
         body = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (choice, delta, logprobs, finish)
-        return self._head + body + self._tail
+        return self._head + sse.line(body) + self._tail

@@ -152,7 +152,7 @@ class _Writer:
         self._head = b'data: {"id":"cmpl-%b","object":"text_completion","created":%d,"model":%b,"choices":[' % (
             ids.id.encode(),
             ids.created_s,
-            encode(rendering.model),
+            sse.line(encode(rendering.model)),
         )
         self._tail = b'],"usage":null}\n\n' if rendering.include_usage else b"]}\n\n"
         self._offsets = [0] * rendering.num_choices
@@ -180,4 +180,4 @@ class _Writer:
 
     def _chunk(self, choice: int, text: bytes, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
         body = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (choice, text, logprobs, finish)
-        return self._head + body + self._tail
+        return self._head + sse.line(body) + self._tail
