@@ -15,6 +15,7 @@ from anaphora.errors import NotCached
 from anaphora.events import Computed, Emit, Failed, Forgotten, MissReason, ignore
 from anaphora.flight import Flights
 from anaphora.memory import Memory, Recall
+from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, ModelInfo, Request, Scope
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,10 @@ class Gateway:
     async def stats(self) -> dict[str, Any]:
         """The backend's own counters and gauges by name, as `Backend.stats` gives them."""
         return await self._backend.stats()
+
+    async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
+        """Level name → tier name → figures of the answer cache."""
+        return await self._memory.stats()
 
     # -- the cache, which may fail without harm (invariant 8) ----------------------------------------------------------
 

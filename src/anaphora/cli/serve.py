@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     for warning in loaded.warnings:
         print(f"anaphora: warning: {warning}", file=sys.stderr)
 
-    from anaphora.server.app import serve
+    from anaphora.server.run import serve
 
     serve(loaded.config)
     return 0

@@ -10,7 +10,14 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -96,6 +103,7 @@ class Metrics:
     """Counts events; `render` is what `/metrics` answers."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series for every counter that nobody reads
         self.registry = CollectorRegistry(auto_describe=True)
         engine = ("model_name", "engine")
 

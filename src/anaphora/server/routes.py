@@ -207,7 +207,7 @@ class MetricsPage(Endpoint):
 
 
 class Stats(Endpoint):
-    """`GET /anaphora/stats`: the caller's own account, and the backend's figures."""
+    """`GET /anaphora/stats`: the caller's own account, and the figures of the answer cache and the backend."""
 
     async def answer(self, call: Call) -> None:
         gateway = self.api.gateway
@@ -215,6 +215,7 @@ class Stats(Endpoint):
             "tenant": call.tenant,
             "ready": gateway.ready(),
             "answers": self.api.ledger.account(call.tenant),
+            "cache": await gateway.memory_stats(),
             "backend": await gateway.stats(),
         }
         await call.json(msgspec.json.encode(figures))

@@ -1,0 +1,112 @@
+"""Config → Gateway: the only file that knows every registry."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from anaphora.backends.base import Backend
+from anaphora.catalogue import Catalogue
+from anaphora.clock import Clock, SystemClock
+from anaphora.config import CacheConfig, Config
+from anaphora.events import Emit, ignore
+from anaphora.gateway import Gateway
+from anaphora.memory import AnswerLevel, Memory
+from anaphora.policies.base import Policy
+from anaphora.registry import BACKENDS, LEVELS, POLICIES, TIERS
+from anaphora.store import Store, StoreOptions
+from anaphora.tiers.base import Tier
+from anaphora.types import Key
+
+if TYPE_CHECKING:
+    from anaphora.backends.engine import EngineOptions
+
+Say = Callable[[str], None]
+ANSWER_POLICY = "lru"
+"""What leaves the answer cache's memory first."""
+
+
+def build(
+    config: Config, *, clock: Clock | None = None, emit: Emit = ignore, say: Say | None = None, engine: str | None = None
+) -> Gateway:
+    """A gateway that is not started yet. Raises ConfigError.
+
+    `say` is told in words what a loading engine is at. `engine` is the address of an engine process that already runs (one
+    serves all gateway workers of a machine); without it the gateway starts its own.
+    """
+    clock = clock or SystemClock()
+    backend = _backend(config, say or _silent, engine)
+    catalogue = Catalogue(backend, config.engine.aliases)
+    levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
+    memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
+    return Gateway(backend, memory, catalogue, clock=clock, emit=emit)
+
+
+@asynccontextmanager
+async def open(config: Config | None = None, *, emit: Emit = ignore) -> AsyncIterator[Gateway]:
+    """A started gateway without a server, closed on the way out: Anaphora as a library."""
+    gateway = build(config or Config(), emit=emit)
+    try:
+        await gateway.start()
+        yield gateway
+    finally:
+        await gateway.aclose()
+
+
+def engine_options(config: Config) -> EngineOptions:
+    """What the engine process is told."""
+    from anaphora.backends.engine import EngineOptions
+
+    engine = config.engine
+    shared = {name: getattr(engine, name) for name in EngineOptions.__struct_fields__ if hasattr(engine, name)}
+    shared["served_name"] = engine.served_name or None
+    return EngineOptions(**shared, models_dir=str(_folder(config.cache) / "models"))
+
+
+def _backend(config: Config, say: Say, address: str | None) -> Backend:
+    kind = BACKENDS.load(config.engine.kind)
+    if config.engine.kind == "echo":
+        from anaphora.backends.echo import Options
+
+        return cast(Backend, kind(Options(model=config.engine.served_name or "echo")))
+    if config.engine.kind == "transformers":
+        from anaphora.backends.engine import EngineClient
+        from anaphora.backends.engine_ipc import Status
+
+        def on_status(status: Status) -> None:
+            say(status.refused or status.stage)
+
+        if address is not None:
+            return EngineClient(address, on_status=on_status)
+        return cast(Backend, kind(engine_options(config), on_status=on_status, on_log=say))
+    return cast(Backend, kind(config.engine))  # of a third party
+
+
+def _exact(config: CacheConfig, clock: Clock, emit: Emit) -> AnswerLevel:
+    from anaphora.levels.exact import ExactOptions
+
+    options = ExactOptions(sampled=config.sampled)
+    store = Store(_tiers(config, clock, emit), clock=clock, options=StoreOptions(ttl_s=config.ttl_s or None), emit=emit)
+    return cast(AnswerLevel, LEVELS.load("exact")(options, store=store, clock=clock))
+
+
+def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
+    from anaphora.tiers.disk import DiskOptions
+    from anaphora.tiers.ram import RamOptions
+
+    policy = cast(Policy[Key], POLICIES.load(ANSWER_POLICY)())
+    tiers = [cast(Tier, TIERS.load("ram")(RamOptions(config.ram), policy=policy, clock=clock, emit=emit))]
+    if config.disk:
+        options = DiskOptions(str(_folder(config) / "answers"), config.disk)
+        tiers.append(cast(Tier, TIERS.load("disk")(options, clock=clock, emit=emit)))
+    return tiers
+
+
+def _folder(config: CacheConfig) -> Path:
+    return Path(config.dir).expanduser()
+
+
+def _silent(text: str) -> None:
+    pass

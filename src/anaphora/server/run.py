@@ -1,0 +1,193 @@
+"""Running the server: one process, or several workers on one socket with one engine between them.
+
+A signal (SIGINT, SIGTERM) stops accepting, lets answers under way finish for `DRAIN_S` at most, then closes everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import uvicorn
+
+from anaphora.build import build, engine_options
+from anaphora.clock import SystemClock
+from anaphora.config import Config, api_keys
+from anaphora.errors import ConfigError
+from anaphora.events import Event
+from anaphora.ledger import Ledger
+from anaphora.server.app import App
+from anaphora.server.auth import Keyring, check_bind
+from anaphora.server.endpoint import Api
+from anaphora.server.metrics import Metrics
+
+DRAIN_S = 30
+BACKLOG = 2048
+_YOUNG_S = 5.0
+"""A worker that dies younger than this is not brought back at once."""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What a worker process is told, over its standard input: API keys have no place on a command line."""
+
+    config: Config
+    keys: dict[str, str]
+    socket: int
+    """Descriptor of the listening socket."""
+    engine: str | None
+    """Address of the engine process; None where the backend needs none."""
+
+
+def serve(config: Config) -> None:
+    """Listen and answer until a signal comes. Raises ConfigError for settings it cannot start with."""
+    logging.basicConfig(level=logging.INFO, format="anaphora: %(levelname)s: %(message)s")
+    keys = api_keys(config)
+    check_bind(config.server.host, keys)
+    listener = listen(config.server.host, config.server.port)
+    _say(f"listening on http://{_shown(listener)}")
+    if config.server.workers == 1:
+        run(answer(config, keys, listener, None, say=_say))
+        return
+    job = Job(config, {key: str(tenant) for key, tenant in keys.items()}, listener.fileno(), None)
+    run(_supervise(job, listener))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound, listening socket; port 0 takes any free one. Raises ConfigError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"server.host, server.port: cannot listen on {host}:{port}: {error.strerror or error}") from error
+    listener.setblocking(False)
+    return listener
+
+
+async def answer(
+    config: Config,
+    keys: dict[str, Any],
+    listener: socket.socket,
+    engine: str | None,
+    *,
+    say: Callable[[str], None],
+    orphaned: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Serve on `listener` until a signal comes, or until `orphaned` returns."""
+    metrics, ledger, clock = Metrics(), Ledger(), SystemClock()
+
+    def emit(event: Event) -> None:
+        metrics.record(event)
+        ledger.record(event)
+
+    gateway = build(config, clock=clock, emit=emit, say=say, engine=engine)
+    app = App(Api(gateway, Keyring(keys), metrics, ledger, clock, config.server.max_body))
+    settings = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    server = uvicorn.Server(settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises a signal once more when it has stopped: it must not end this process before the gateway is closed.
+        signal.signal(number, server.handle_exit)
+    watch = asyncio.create_task(_stop_when(orphaned, server)) if orphaned is not None else None
+    try:
+        await gateway.start()
+        gc.freeze()  # what is loaded stays: full collections need not walk it
+        await server.serve(sockets=[listener])
+    finally:
+        if watch is not None:
+            watch.cancel()
+        await gateway.aclose()
+
+
+async def _stop_when(orphaned: Callable[[], Coroutine[Any, Any, None]], server: uvicorn.Server) -> None:
+    await orphaned()
+    server.should_exit = True
+
+
+# -- several workers -----------------------------------------------------------------------------------------------------
+
+
+async def _supervise(job: Job, listener: socket.socket) -> None:
+    """Keep the workers alive until a signal comes. The engine, if there is one, belongs to this process."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    supervisor = None
+    if job.config.engine.kind == "transformers":
+        from anaphora.backends.engine import EngineSupervisor
+
+        supervisor = EngineSupervisor(engine_options(job.config), on_log=_say)
+        await supervisor.start()
+        job = msgspec.structs.replace(job, engine=supervisor.address)
+    keepers = [asyncio.create_task(_keep(job, number), name=f"worker-{number}") for number in range(job.config.server.workers)]
+    try:
+        await stop.wait()
+    finally:
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        listener.close()
+        if supervisor is not None:
+            await supervisor.aclose()
+
+
+async def _keep(job: Job, number: int) -> None:
+    """Run one worker, and another when it dies. Cancelled: let it drain."""
+    loop = asyncio.get_running_loop()
+    while True:
+        started_s = loop.time()
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "anaphora.server.worker", stdin=asyncio.subprocess.PIPE, pass_fds=(job.socket,)
+        )
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(msgspec.json.encode(job) + b"\n")  # and it stays open: its end tells the worker that we died
+            status = await worker.wait()
+        except asyncio.CancelledError:
+            with suppress(ProcessLookupError):
+                worker.terminate()
+            await worker.wait()
+            raise
+        _say(f"worker {number} ended with status {status}; starting another")
+        if loop.time() - started_s < _YOUNG_S:
+            await asyncio.sleep(1.0)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """On the fastest event loop there is here."""
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        runner.run(main)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _shown(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _say(text: str) -> None:
+    print(f"anaphora: {text}", file=sys.stderr, flush=True)

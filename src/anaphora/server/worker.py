@@ -1,0 +1,34 @@
+"""One of several gateway processes: `python -m anaphora.server.worker`, started only by `server.run`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+
+import msgspec
+
+from anaphora.server.run import Job, answer, run
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="anaphora: %(levelname)s: %(message)s")
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+    listener = socket.socket(fileno=job.socket)
+    run(answer(job.config, job.keys, listener, job.engine, say=_silent, orphaned=_end_of_input))
+
+
+async def _end_of_input() -> None:
+    """Returns when the process that started this one is gone."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await reader.read()
+
+
+def _silent(text: str) -> None:
+    """The engine's progress is told once, by the process that owns it."""
+
+
+if __name__ == "__main__":
+    main()
