@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,11 @@ def _converse(
 ) -> None:
     from rich.console import Console
 
+    from anaphora.cli.connection import ServerProblem
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives `input` line editing and a history, where there is one
+
     console = Console(markup=False, highlight=False)
     console.print(f"{model} at {url}. /reset starts over, /quit or Ctrl-D ends.", style="dim")
     messages = list(opening)
@@ -141,11 +147,15 @@ def _converse(
             continue
         if not question:
             continue
-        messages.append({"role": "user", "content": question})
-        turn = ask(messages, _write)
+        asked = [*messages, {"role": "user", "content": question}]
+        try:
+            turn = ask(asked, _write)
+        except ServerProblem as problem:  # the conversation stays as it was before this question
+            console.print(f"\n{problem}", style="red")
+            continue
         print()
         console.print(turn.summary(), style="dim")
-        messages.append({"role": "assistant", "content": turn.text})
+        messages = [*asked, {"role": "assistant", "content": turn.text}]
 
 
 def _first_model(client: httpx2.Client) -> str:
