@@ -296,13 +296,12 @@ class ToolCallParser:
         return True
 
     def _leave_block(self, done: int, deltas: list[TextDelta | ToolUseDelta]) -> None:
-        """Drop `done` characters that became a call; if none did, give the block back as text up to its first closing tag."""
+        """Drop `done` characters that became a call; if none did, the opening tag was text, and what follows is read again."""
         if done:
             self._held = self._held[done:]
             self._after_call = True
         else:
-            end = self._held.find(TOOL_CALL_CLOSE, self._block)
-            self._emit(end + len(TOOL_CALL_CLOSE) if end >= 0 else self._block + len(TOOL_CALL_OPEN), deltas)
+            self._emit(self._block + len(TOOL_CALL_OPEN), deltas)
         self._state = self._text
 
     def _emit(self, length: int, deltas: list[TextDelta | ToolUseDelta]) -> None:
