@@ -38,9 +38,16 @@ def run(args: argparse.Namespace) -> int:
     table = Table("counter", "value", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, value in flattened(stats):
-        table.add_row(name, f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value))
+        table.add_row(name, _text(value))
     Console(soft_wrap=True, markup=False, highlight=False).print(table)
     return 0
+
+
+def _text(value: object) -> str:
+    """Numbers as people read them: thousands apart, and no more of a fraction than says something."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{round(value, 4):,}"
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
