@@ -152,8 +152,16 @@ class DiskIndex:
             raise TierFailed(str(error)) from error
 
     def open(self) -> None:
-        """Open now what would be opened at the first use."""
-        self._run(lambda db: None)
+        """Open now what would be opened at the first use, and clear up after processes that crashed."""
+
+        def work(db: sqlite3.Connection) -> None:
+            try:
+                with self._transaction(db):
+                    self._sweep(db)
+            except (sqlite3.OperationalError, OSError) as error:  # a full disk, say: reading is still possible
+                log.warning("%s cannot be cleared up: %s", self._folder, error)
+
+        self._run(work)
 
     def close(self) -> None:
         if self._db is not None:
@@ -162,10 +170,14 @@ class DiskIndex:
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            return work(self._connection())
-        except sqlite3.Error as error:
-            if _is_damage(error):
+            try:
+                return work(self._connection())
+            except sqlite3.Error as error:
+                if not _is_damage(error):
+                    raise
                 self._put_aside(str(error))
+            return work(self._connection())  # with the fresh index
+        except sqlite3.Error as error:
             raise TierFailed(f"{self._path}: {error}") from error
         except OSError as error:
             raise TierFailed(str(error)) from error
@@ -199,21 +211,21 @@ class DiskIndex:
         self._values.mkdir(mode=0o700, parents=True, exist_ok=True)
         db = sqlite3.connect(self._path, timeout=self._busy_timeout_s, isolation_level=None, cached_statements=32)
         try:
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a new database takes it
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")
             db.execute("PRAGMA secure_delete = ON")  # what was forgotten is not left in free pages
             db.execute(f"PRAGMA journal_size_limit = {4 << 20}")
-            (version,) = db.execute("PRAGMA user_version").fetchone()
             if version not in (0, FORMAT):
                 raise _Unreadable(f"format {version}, not {FORMAT}")
-            with self._transaction(db):
-                if version == 0:
-                    for statement in _SCHEMA.split(";\n"):
-                        # The triggers' own semicolons are not followed by a line end.
+            if version == 0:
+                with self._transaction(db):
+                    for statement in _SCHEMA.split(";\n"):  # the triggers' own semicolons are not followed by a line end
                         db.execute(statement)
                     db.execute(f"PRAGMA user_version = {FORMAT}")
-                self._sweep(db)
+                    self._sweep(db)  # files of an index that was put aside
         except BaseException:
             db.close()
             raise
