@@ -25,7 +25,6 @@ from anaphora.types import (
     ToolResultPart,
     ToolUsePart,
 )
-from anaphora.wire import sse
 from anaphora.wire.anthropic_answer import MessageWriter, error_body, model_object, whole_message, wire_status
 from anaphora.wire.base import (
     NEUTRAL,
@@ -80,7 +79,6 @@ _KNOWN = (
 
 class Anthropic(Dialect):
     name = "anthropic"
-    keepalive = sse.event(b"ping", b'{"type":"ping"}')
 
     def parse(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Parsed:
         return self._parse(body, tenant, version, answers=True)

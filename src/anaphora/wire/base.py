@@ -83,8 +83,6 @@ class Dialect(ABC):
     """One wire format. Stateless: one instance serves all requests."""
 
     name: str
-    keepalive: bytes = b": ping\n\n"
-    """May be sent between two events of a stream at any time; clients ignore it."""
 
     @abstractmethod
     def parse(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Parsed:
