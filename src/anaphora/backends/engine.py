@@ -37,9 +37,6 @@ from anaphora.backends.engine_ipc import (
 from anaphora.errors import BackendFailed, ConfigError, EngineDied, ServiceError
 from anaphora.types import Delta, End, ModelInfo, Request, Scope
 
-EXIT_REFUSED = 78
-"""Exit status of an engine process that cannot run as configured (EX_CONFIG of sysexits.h): restarting would not help."""
-
 GiB = 1024**3
 
 
@@ -76,7 +73,6 @@ class EngineSupervisor:
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self.num_restarts = 0
-        self.refused: str | None = None
 
     @property
     def address(self) -> str:
@@ -110,15 +106,14 @@ class EngineSupervisor:
         while True:
             started_s = clock.time()
             returncode = await self._run_once()
-            if returncode == EXIT_REFUSED:
-                return
             pause_s = 0.1 if clock.time() - started_s > 30.0 else min(pause_s * 2, 10.0)
             self._log(f"the engine process ended with status {returncode}; starting it again in {pause_s:.1f} s")
             await asyncio.sleep(pause_s)
             self.num_restarts += 1
 
     async def _run_once(self) -> int:
-        Path(self.address).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.address)
         settings = msgspec.json.encode(self._options).decode()
         # Its standard input is a pipe that only this process holds: when this process dies in any way, the engine reads the
         # end of it and goes too.

@@ -186,8 +186,8 @@ class Model:
         config = AutoConfig.from_pretrained(folder)
         _check_full_attention(config)
         self.device = device
-        self._net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self._net.to(device=device)  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
+        net: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._net = net.to(device).eval()
         self._attention = PackedAttention()
         self._attention.register()
         text = config.get_text_config(decoder=True)

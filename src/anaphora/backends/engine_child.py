@@ -1,0 +1,182 @@
+"""The engine process: `python -m anaphora.backends.engine_child SOCKET OPTIONS`. Started by `engine.EngineSupervisor`.
+
+Two threads: the main one loads the model and runs the engine's loop; the other serves the socket and tokenises. They meet
+in an inbox of callables (towards the engine) and in the socket thread's own event loop (towards the clients).
+
+This is a program of its own, so it reads the registry of policies itself, as `build` does for the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from anaphora.backends.engine import EngineOptions
+from anaphora.backends.engine_core import EngineCore
+from anaphora.backends.engine_ipc import (
+    Cancel,
+    CountTokens,
+    Deltas,
+    Forget,
+    FromEngine,
+    Reply,
+    Stats,
+    Status,
+    Submit,
+    ToEngine,
+    failed,
+    frame,
+    read_frame,
+    to_engine_decoder,
+)
+from anaphora.errors import BackendFailed, ConfigError, EngineDied, ServiceError
+from anaphora.registry import POLICIES
+from anaphora.types import Delta
+
+Inbox = queue.SimpleQueue[Callable[[], None]]
+
+
+class Connection:
+    """One gateway worker. Requests of a worker that goes away are cancelled."""
+
+    def __init__(self, server: SocketServer, writer: asyncio.StreamWriter) -> None:
+        self._server = server
+        self._writer = writer
+        self._live: set[int] = set()
+
+    def send(self, message: FromEngine) -> None:
+        """From the socket thread."""
+        if not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    def post(self, message: FromEngine) -> None:
+        """From the engine thread."""
+        self._server.loop.call_soon_threadsafe(self.send, message)
+
+    def receive(self, message: ToEngine, core: EngineCore | None) -> None:
+        if core is None:
+            self.send(failed(message.id, EngineDied("the engine is still loading", retry_after_s=5.0)))
+            return
+        try:
+            self._act(message, core)
+        except ServiceError as error:
+            self.send(failed(message.id, error))
+
+    def close(self, core: EngineCore | None) -> None:
+        if core is not None:
+            for id in self._live:
+                self._server.inbox.put(lambda id=id: core.cancel((self, id)))  # type: ignore[misc]  # bound at once
+        self._writer.close()
+
+    def _act(self, message: ToEngine, core: EngineCore) -> None:
+        inbox = self._server.inbox
+        id = message.id
+        if isinstance(message, Submit):
+            job = core.prepare(
+                (self, id), message.request, lambda deltas: self._emit(id, deltas), lambda e: self.post(failed(id, e))
+            )
+            self._live.add(id)
+            inbox.put(lambda: core.submit(job))
+        elif isinstance(message, Cancel):
+            self._live.discard(id)
+            inbox.put(lambda: core.cancel((self, id)))
+        elif isinstance(message, CountTokens):
+            self.send(Reply(id, core.count_tokens(message.request)))
+        elif isinstance(message, Forget):
+            inbox.put(lambda: self.post(Reply(id, core.forget(message.scope))))
+        elif isinstance(message, Stats):
+            inbox.put(lambda: self.post(Reply(id, core.stats())))
+
+    def _emit(self, id: int, deltas: list[Delta]) -> None:
+        self.post(Deltas(id, tuple(deltas)))
+
+
+class SocketServer:
+    """The socket thread. `core` is None until the model is loaded."""
+
+    def __init__(self, address: str, inbox: Inbox) -> None:
+        self._address = address
+        self.inbox = inbox
+        self.loop = asyncio.new_event_loop()
+        self._core: EngineCore | None = None
+        self._status = Status("starting")
+        self._connections: set[Connection] = set()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="engine-socket", daemon=True).start()
+
+    def announce(self, status: Status, core: EngineCore | None = None) -> None:
+        """From the engine thread: tell every client how far it is."""
+        self.loop.call_soon_threadsafe(self._announce, status, core)
+
+    def _announce(self, status: Status, core: EngineCore | None) -> None:
+        self._status = status
+        self._core = core or self._core
+        for connection in self._connections:
+            connection.send(status)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(asyncio.start_unix_server(self._serve, self._address))
+        self.loop.run_forever()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(self, writer)
+        self._connections.add(connection)
+        connection.send(self._status)
+        try:
+            while (message := await read_frame(reader, to_engine_decoder)) is not None:
+                connection.receive(message, self._core)
+        finally:
+            self._connections.discard(connection)
+            connection.close(self._core)
+
+
+def main(address: str, settings: str) -> None:
+    options = msgspec.json.decode(settings, type=EngineOptions)
+    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    os.nice(options.niceness)
+    inbox: Inbox = queue.SimpleQueue()
+    server = SocketServer(address, inbox)
+    server.start()
+    try:
+        core = EngineCore(options, POLICIES.load(options.policy)(), progress=lambda stage: server.announce(Status(stage)))
+    except ConfigError as error:
+        print(f"anaphora engine: {error}", file=sys.stderr, flush=True)
+        server.announce(Status("refused", refused=str(error)))
+        threading.Event().wait()  # restarting would not help: stay, and tell whoever asks, until the supervisor goes
+        return
+    server.announce(Status("ready", models=(core.info,), ready=True), core)
+    _loop(core, inbox)
+
+
+def _loop(core: EngineCore, inbox: Inbox) -> None:
+    busy = False
+    while True:
+        if not busy:
+            inbox.get()()
+        while not inbox.empty():
+            inbox.get()()
+        try:
+            busy = core.step()
+        except RuntimeError as error:  # torch: out of memory, a broken kernel. The batch is lost, the engine is not.
+            print(f"anaphora engine: a step failed: {error}", file=sys.stderr, flush=True)
+            core.fail_all(BackendFailed(f"the engine failed on this batch: {error}"))
+            busy = False
+
+
+def _die_with_parent() -> None:
+    """The supervisor holds the other end of standard input; when it is gone, in whatever way, so is the engine's purpose."""
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

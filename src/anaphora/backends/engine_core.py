@@ -1,0 +1,248 @@
+"""The engine without a process around it: a model, its KV cache and its scheduler, driven by `step`.
+
+The engine process (`engine_child`) runs one; benchmarks and tests run one in their own process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from anaphora.backends.engine import EngineOptions
+from anaphora.backends.engine_model import (
+    Model,
+    choose_device,
+    choose_dtype,
+    fingerprint,
+    materialise,
+    resolve,
+)
+from anaphora.backends.engine_output import Output
+from anaphora.backends.engine_sampling import SampledRow, model_defaults, plan_for
+from anaphora.backends.engine_scheduler import Generation, Job, Scheduler, SchedulerOptions
+from anaphora.backends.engine_template import Template
+from anaphora.backends.engine_text import Detokenizer, StopStrings, ToolCallParser
+from anaphora.clock import Clock, SystemClock
+from anaphora.errors import ConfigError, ContextTooLong, InvalidRequest, QueueFull, ServiceError
+from anaphora.keys import kv_namespace
+from anaphora.kv.arena import Arena
+from anaphora.kv.cache import KVCache
+from anaphora.kv.pool import KVPool
+from anaphora.policies.base import Policy
+from anaphora.types import BlockHash, Delta, ModelInfo, Request, Scope, TextDelta
+
+_UNSUPPORTED = ("response_format", "logit_bias", "modalities", "audio", "grammar", "guided_json", "guided_regex")
+"""Fields that would change the answer and that this engine cannot honour: refused, never ignored."""
+
+_MIN_CONTEXT = 256
+
+
+class MemoryPlan(msgspec.Struct, frozen=True):
+    arena_tokens: int
+    num_blocks: int
+
+
+def plan_memory(kv_memory: int, bytes_per_token: int, context: int, max_num_seqs: int, block_size: int) -> MemoryPlan:
+    """Divide `kv_memory` bytes: a third for running sequences (at least one whole context if half of it suffices for that,
+    never more than all sequences can use), the rest for cached blocks."""
+    total = kv_memory // bytes_per_token
+    arena = min(max(total // 3, min(context, total // 2)), max_num_seqs * context)
+    if arena < _MIN_CONTEXT:
+        needed = 2 * _MIN_CONTEXT * bytes_per_token
+        raise ConfigError(f"kv_memory of {kv_memory} bytes is too small for this model: give at least {needed} bytes")
+    return MemoryPlan(arena, (total - arena) // block_size)
+
+
+class EngineCore:
+    """Load with the constructor (seconds), then `submit` and call `step` until it returns False. One thread."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        policy: Policy[BlockHash],
+        *,
+        progress: Callable[[str], None] = lambda stage: None,
+        clock: Clock | None = None,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        started_s = time.monotonic()
+        self._clock = clock or SystemClock()
+        self._options = options
+        device = choose_device(options.device)
+        dtype = choose_dtype(options.dtype, device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        source = resolve(options.model)
+        models_dir = Path(options.models_dir).expanduser()
+        folder = materialise(source, models_dir, progress)
+        progress("loading weights")
+        self.model = Model(folder, dtype=dtype, device=device)
+        shape = self.model.kv_shape
+        plan = plan_memory(
+            options.kv_memory, shape.bytes_per_token, self.model.context, options.max_num_seqs, options.block_size
+        )
+        pool = KVPool(
+            shape, arena_tokens=plan.arena_tokens, num_blocks=plan.num_blocks, block_size=options.block_size, device=device
+        )
+        self.model.attach(pool)
+        self.context = min(self.model.context, plan.arena_tokens)
+        progress("loading the tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = tokenizer
+        self._template = Template(tokenizer, vocab_size=self.model.vocab_size)
+        self._defaults = model_defaults(self.model.generation_defaults)
+        self._fingerprint = fingerprint(folder, dtype, options.block_size, models_dir)
+        self._cache = KVCache(
+            plan.num_blocks, options.block_size, policy, block_bytes=options.block_size * shape.bytes_per_token
+        )
+        self._scheduler = Scheduler(
+            self.model,
+            pool,
+            Arena(plan.arena_tokens),
+            self._cache,
+            SchedulerOptions(options.max_num_seqs, options.prefill_chunk, options.mixed_chunk, options.prefix_caching),
+            clock=self._clock,
+        )
+        self.info = ModelInfo(
+            id=options.served_name or source.name,
+            created_s=int((folder / "config.json").stat().st_mtime),
+            max_input_tokens=self.context,
+            fingerprint=self._fingerprint,
+        )
+        self._plan = plan
+        self.load_s = time.monotonic() - started_s
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, id: object, request: Request, emit: Callable[[list[Delta]], None], fail: Callable[[ServiceError], None]
+    ) -> Job:
+        """Check and tokenise a request. May run on another thread than `step`. Raises ServiceErrors that say what is wrong."""
+        for field in _UNSUPPORTED:
+            if request.extra.get(field) is not None:
+                raise InvalidRequest(
+                    f"{field} is not supported by the embedded engine", param=field, code="unsupported_parameter"
+                )
+        if self._scheduler.num_waiting >= self._options.max_queue:
+            message = f"{self._scheduler.num_waiting} requests are waiting already; retry later"
+            raise QueueFull(message, retry_after_s=self._retry_after_s())
+        prompts = self._tokenise(request)
+        left = self.context - max(len(prompt) for prompt in prompts)
+        if left < 1:
+            longest = self.context - left
+            raise ContextTooLong(
+                f"prompt is too long: {longest} tokens > {self.context - 1} maximum",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        namespace = kv_namespace(request.tenant, self._fingerprint, request.cache_salt)
+        n = request.sampling.n
+        generations = [
+            Generation(
+                p * n + i,
+                prompt,
+                namespace,
+                SampledRow(plan_for(request.sampling, self._defaults, i)),
+                self._output(request, p * n + i),
+            )
+            for p, prompt in enumerate(prompts)
+            for i in range(n)
+        ]
+        return Job(
+            id,
+            model=self.info.id,
+            tenant=request.tenant,
+            max_tokens=left if request.max_tokens is None else min(request.max_tokens, left),
+            num_choices=n,
+            prompt_tokens=sum(map(len, prompts)),
+            generations=generations,
+            preface=self._echoed(request, prompts),
+            emit=emit,
+            fail=fail,
+            submitted_s=self._clock.monotonic_s(),
+        )
+
+    def count_tokens(self, request: Request) -> int:
+        return sum(map(len, self._tokenise(request)))
+
+    def submit(self, job: Job) -> None:
+        self._scheduler.submit(job)
+
+    def cancel(self, id: object) -> None:
+        self._scheduler.cancel(id)
+
+    def fail_all(self, error: ServiceError) -> None:
+        self._scheduler.fail_all(error)
+
+    def step(self) -> bool:
+        """One forward pass over what is running. False where there is nothing to do."""
+        return self._scheduler.step()
+
+    def forget(self, scope: Scope) -> int:
+        if scope.tag is not None or scope.model not in (None, self.info.id):
+            return 0
+        return self._cache.forget(scope)
+
+    def stats(self) -> dict[str, int | float | str]:
+        """Flat gauges and totals; names as in vLLM's metrics where vLLM has one."""
+        cache = self._cache.stats()
+        return {
+            **vars(self._scheduler.counters),
+            "num_requests_running": self._scheduler.num_running,
+            "num_requests_waiting": self._scheduler.num_waiting,
+            "kv_cache_usage_perc": 1.0 - cache.num_free / cache.num_blocks if cache.num_blocks else 0.0,
+            "kv_blocks": cache.num_blocks,
+            "kv_blocks_cached": cache.num_cached,
+            "kv_blocks_evicted": cache.evicted_blocks,
+            "kv_blocks_forgotten": cache.forgotten_blocks,
+            "kv_block_size": self._options.block_size,
+            "kv_bytes_per_token": self.model.kv_shape.bytes_per_token,
+            "kv_arena_tokens": self._plan.arena_tokens,
+            "context_tokens": self.context,
+            "load_seconds": round(self.load_s, 3),
+            "resident_bytes": _resident_bytes(),
+            "model": self.info.id,
+            "dtype": str(self.model.kv_shape.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+        }
+
+    def _tokenise(self, request: Request) -> list[list[int]]:
+        if request.prompts:
+            prompts = [self._template.encode_prompt(prompt) for prompt in request.prompts]
+        else:
+            prompts = [self._template.encode_chat(request)]
+        if not all(prompts):
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        return prompts
+
+    def _output(self, request: Request, choice: int) -> Output:
+        tools = ToolCallParser(request.tools, choice=choice) if request.tools and request.tool_choice.mode != "none" else None
+        stops = StopStrings(request.sampling.stop)
+        return Output(choice, Detokenizer(self._tokenizer), stops, tools, self._token_text)
+
+    def _token_text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+    def _echoed(self, request: Request, prompts: list[list[int]]) -> list[Delta]:
+        if not request.echo:
+            return []
+        n = request.sampling.n
+        texts = [str(self._tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in prompts]
+        return [TextDelta(p * n + i, text) for p, text in enumerate(texts) for i in range(n)]
+
+    def _retry_after_s(self) -> float:
+        """How long the waiting requests will keep the engine busy, going by the pace so far."""
+        counters = self._scheduler.counters
+        pace_s = counters.forward_seconds / max(1, counters.request_success)
+        return min(60.0, max(1.0, pace_s * self._scheduler.num_waiting / 2))
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,404 @@
+"""Continuous batching: which tokens of which sequences run in the next step, and what comes out of it.
+
+A step packs one token of every decoding sequence and a chunk of prompt tokens of those still prefilling into one forward
+pass. The chunk is small while others decode (`mixed_chunk`), so a long prompt keeps their streams waiting for one chunk at
+most; alone it is large (`prefill_chunk`).
+
+Life of a sequence: waiting → (match the prefix cache, take an arena extent, load the matched blocks) → prefilling → decoding
+→ finished. When the arena is full, the youngest running sequence is preempted: it goes back to waiting with the tokens it
+has, and finds its own blocks in the cache when it returns.
+
+Everything here runs on the engine's one thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+import torch
+
+from anaphora.backends.engine_attention import Segment
+from anaphora.backends.engine_model import Model
+from anaphora.backends.engine_output import Output
+from anaphora.backends.engine_sampling import SampledRow, sample
+from anaphora.clock import Clock
+from anaphora.errors import ServiceError
+from anaphora.keys import block_hashes
+from anaphora.kv.arena import Arena
+from anaphora.kv.cache import KVCache, Lease
+from anaphora.kv.pool import KVPool
+from anaphora.types import (
+    Begin,
+    BlockHash,
+    Delta,
+    End,
+    Finish,
+    FinishReason,
+    Tenant,
+    Usage,
+)
+
+_RESERVE = 256
+"""Arena positions taken beyond the prompt at first; more are taken as the answer grows."""
+
+
+class SchedulerOptions(msgspec.Struct, frozen=True):
+    max_num_seqs: int
+    prefill_chunk: int
+    mixed_chunk: int
+    prefix_caching: bool
+
+
+class Generation:
+    """One choice being computed. `tokens` is the prompt and what was sampled; KV exists for the first `num_computed`."""
+
+    def __init__(self, choice: int, prompt: Sequence[int], namespace: bytes, row: SampledRow, output: Output) -> None:
+        self.choice = choice
+        self.tokens = list(prompt)
+        self.num_prompt = len(prompt)
+        self.namespace = namespace
+        self.row = row
+        self.output = output
+        self.hashes: list[BlockHash] = []
+        self.num_computed = 0
+        self.num_committed = 0
+        """Blocks of this sequence that the cache holds, or that it found there."""
+        self.lease: Lease | None = None
+        self.extent: tuple[int, int] | None = None
+        self.reused: int | None = None
+        """Prompt tokens found in the cache when it was first admitted."""
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens without KV: 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.num_computed
+
+
+class Job:
+    """One request: its sequences, and where its deltas go."""
+
+    def __init__(
+        self,
+        id: object,
+        *,
+        model: str,
+        tenant: Tenant,
+        max_tokens: int,
+        num_choices: int,
+        prompt_tokens: int,
+        generations: list[Generation],
+        preface: list[Delta],
+        emit: Callable[[list[Delta]], None],
+        fail: Callable[[ServiceError], None],
+        submitted_s: float,
+    ) -> None:
+        self.id = id
+        self.model = model
+        self.tenant = tenant
+        self.max_tokens = max_tokens
+        self.num_choices = num_choices
+        """Choices per prompt."""
+        self.prompt_tokens = prompt_tokens
+        """Over all prompts, each counted once however many choices it has."""
+        self.generations = generations
+        self.preface = preface
+        """Deltas that come right after Begin (`echo` of a raw prompt)."""
+        self.emit = emit
+        self.fail = fail
+        self.submitted_s = submitted_s
+        self.num_unfinished = len(generations)
+        self.begun = False
+        self.output_tokens = 0
+        self.reused: dict[int, int] = {}
+
+    def usage(self) -> Usage:
+        reused = sum(self.reused.values())
+        return Usage(
+            input_tokens=self.prompt_tokens - reused,
+            cache_read_input_tokens=reused,
+            output_tokens=self.output_tokens,
+            kv_reused_tokens=reused,
+        )
+
+
+class Counters:
+    """Totals since the engine started; read by `stats`."""
+
+    def __init__(self) -> None:
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.num_preemptions = 0
+        self.request_success = 0
+        self.request_queue_time_seconds = 0.0
+        self.forward_seconds = 0.0
+        self.num_steps = 0
+        self.request_prefill_kv_computed_tokens = 0
+
+
+class Scheduler:
+    def __init__(
+        self,
+        model: Model,
+        pool: KVPool,
+        arena: Arena,
+        cache: KVCache,
+        options: SchedulerOptions,
+        *,
+        clock: Clock,
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._arena = arena
+        self._cache = cache
+        self._options = options
+        self._clock = clock
+        self._waiting: deque[tuple[Job, Generation]] = deque()
+        self._running: list[tuple[Job, Generation]] = []
+        self.counters = Counters()
+
+    # -- verbs -------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def submit(self, job: Job) -> None:
+        self._waiting.extend((job, sequence) for sequence in job.generations)
+
+    def cancel(self, id: object) -> None:
+        """Drop a request wherever it is; its place is free at once. Unknown ids are ignored: it may just have finished."""
+        self._waiting = deque(item for item in self._waiting if item[0].id != id)
+        for job, sequence in [item for item in self._running if item[0].id == id]:
+            self._leave(job, sequence)
+
+    def fail_all(self, error: ServiceError) -> None:
+        """End every request in the engine with `error`; the engine itself goes on."""
+        jobs = {id(job): job for job, _ in itertools.chain(self._running, self._waiting)}
+        for job in jobs.values():
+            job.fail(error)
+            self.cancel(job.id)
+
+    def step(self) -> bool:
+        """Run one forward pass. False where there was nothing to run."""
+        self._admit()
+        batch = self._pack()
+        if not batch:
+            return False
+        started_s = self._clock.monotonic_s()
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        rows: list[int] = []
+        sampled: list[tuple[Job, Generation]] = []
+        for job, sequence, count in batch:
+            assert sequence.extent is not None
+            past = sequence.num_computed
+            segments.append(Segment(len(tokens), count, sequence.extent[0], past))
+            tokens += sequence.tokens[past : past + count]
+            positions += range(past, past + count)
+            if past + count == len(sequence.tokens) and job.max_tokens > 0:
+                rows.append(len(tokens) - 1)
+                sampled.append((job, sequence))
+        logits = self._model.forward(tokens, positions, tuple(segments), rows)
+        elapsed_s = self._clock.monotonic_s() - started_s
+        self.counters.forward_seconds += elapsed_s
+        self.counters.num_steps += 1
+        for _, sequence, count in batch:
+            before = sequence.num_computed
+            sequence.num_computed += count
+            if before < sequence.num_prompt:
+                self.counters.request_prefill_kv_computed_tokens += count
+            self._commit(sequence, cost_s=elapsed_s * self._pool.block_size / len(tokens))
+        self._advance(sampled, logits)
+        for job, sequence, _ in batch:
+            if job.max_tokens == 0 and sequence.num_left == 0:
+                self._finish(job, sequence, "max_tokens", [])
+        return True
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Move sequences from waiting to running while there is room. One whose next block is just being computed by a
+        running sequence stays until that block is committed; those behind it may pass."""
+        held: list[tuple[Job, Generation]] = []
+        while self._waiting and len(self._running) < self._options.max_num_seqs:
+            job, sequence = self._waiting.popleft()
+            lease = self._match(job, sequence)
+            if lease is None:
+                held.append((job, sequence))
+                continue
+            length = min(len(sequence.tokens) + min(_RESERVE, job.max_tokens - sequence.num_generated), self._arena.capacity)
+            start = self._arena.allocate(length)
+            if start is None:
+                self._cache.release(lease)
+                held.append((job, sequence))
+                break
+            self._enter(job, sequence, lease, (start, start + length))
+        self._waiting.extendleft(reversed(held))
+
+    def _match(self, job: Job, sequence: Generation) -> Lease | None:
+        """A lease on the longest cached prefix, or None where it is worth waiting for a longer one."""
+        if not self._options.prefix_caching:
+            return self._cache.match((), len(sequence.tokens), tenant=job.tenant)
+        if not sequence.hashes:
+            sequence.hashes = block_hashes(sequence.namespace, sequence.tokens, self._pool.block_size)
+        if self._cache.num_announced(sequence.hashes, len(sequence.tokens), tenant=job.tenant):
+            return None
+        return self._cache.match(sequence.hashes, len(sequence.tokens), tenant=job.tenant)
+
+    def _enter(self, job: Job, sequence: Generation, lease: Lease, extent: tuple[int, int]) -> None:
+        matched = lease.num_matched_blocks
+        self._pool.load(lease.block_ids, extent[0])
+        sequence.lease, sequence.extent = lease, extent
+        sequence.num_committed = matched
+        sequence.num_computed = matched * self._pool.block_size
+        self._cache.announce(lease, sequence.hashes[matched:])
+        self._running.append((job, sequence))
+        if sequence.reused is None:
+            self._count_first_entry(job, sequence)
+
+    def _count_first_entry(self, job: Job, sequence: Generation) -> None:
+        sequence.reused = sequence.num_computed
+        counters = self.counters
+        prompt = sequence.choice // job.num_choices
+        if prompt not in job.reused:
+            # Choices of one prompt after the first read what the first has just computed: no read of an earlier request.
+            job.reused[prompt] = sequence.reused
+            counters.prompt_tokens += sequence.num_prompt
+            counters.prefix_cache_queries += sequence.num_prompt
+            counters.prefix_cache_hits += sequence.reused
+        if not job.begun:
+            job.begun = True
+            counters.request_queue_time_seconds += self._clock.monotonic_s() - job.submitted_s
+            job.emit([Begin(job.model, job.usage()), *job.preface])
+
+    # -- packing -----------------------------------------------------------------------------------------------------
+
+    def _pack(self) -> list[tuple[Job, Generation, int]]:
+        """The next batch as (job, sequence, number of its next tokens). Decoding sequences come with one token each."""
+        decoding = [(job, s) for job, s in self._running if s.num_left == 1]
+        batch = []
+        for job, sequence in decoding:
+            if self._make_room(job, sequence):
+                batch.append((job, sequence, 1))
+        batch = [(job, s, n) for job, s, n in batch if s.extent is not None]  # preempted to make room for another
+        prefilling = [(job, s) for job, s in self._running if s.num_left > 1]
+        if not prefilling:
+            return batch
+        budget = self._options.mixed_chunk if batch else self._options.prefill_chunk
+        # Half of the budget belongs to the oldest, so that it always gets on; the rest goes to those nearest to their first
+        # token, so that a warm request does not wait behind a cold one.
+        shares = {id(prefilling[0][1]): min(prefilling[0][1].num_left, budget if len(prefilling) == 1 else budget // 2)}
+        left = budget - sum(shares.values())
+        for _, sequence in sorted(prefilling, key=lambda item: item[1].num_left):
+            already = shares.get(id(sequence), 0)
+            extra = min(sequence.num_left - already, left)
+            shares[id(sequence)] = already + extra
+            left -= extra
+        return batch + [(job, s, shares[id(s)]) for job, s in prefilling if shares.get(id(s), 0) > 0]
+
+    def _make_room(self, job: Job, sequence: Generation) -> bool:
+        """See to it that the extent holds the sequence's next token. False if the sequence itself had to leave."""
+        assert sequence.extent is not None
+        start, end = sequence.extent
+        if len(sequence.tokens) <= end - start:
+            return True
+        more = max(1, min(_RESERVE, job.max_tokens - sequence.num_generated + 1, self._arena.capacity - (end - start)))
+        while not self._arena.extend(end, more):
+            moved = self._arena.allocate(end - start + more)
+            if moved is not None:
+                self._pool.move(start, moved, sequence.num_computed)
+                self._arena.free(start, end - start)
+                start, end = moved, moved + end - start
+                break
+            victim_job, victim = self._running[-1]
+            self._preempt(victim_job, victim)
+            if victim is sequence:
+                return False
+        sequence.extent = (start, end + more)
+        return True
+
+    def _preempt(self, job: Job, sequence: Generation) -> None:
+        self._leave(job, sequence)
+        sequence.num_computed = 0
+        sequence.num_committed = 0
+        self.counters.num_preemptions += 1
+        self._waiting.appendleft((job, sequence))
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def _commit(self, sequence: Generation, *, cost_s: float) -> None:
+        """Give the blocks that became full to the cache, generated ones included."""
+        size = self._pool.block_size
+        full = sequence.num_computed // size
+        if not self._options.prefix_caching or full <= sequence.num_committed:
+            return
+        assert sequence.lease is not None
+        assert sequence.extent is not None
+        known = len(sequence.hashes)
+        if full > known:
+            parent = sequence.hashes[-1] if known else sequence.namespace
+            sequence.hashes += block_hashes(parent, sequence.tokens[known * size : full * size], size)
+        stored = self._cache.allocate(sequence.lease, sequence.hashes[sequence.num_committed : full])
+        sequence.num_committed += stored.num_adopted
+        self._pool.save(stored.block_ids, sequence.extent[0] + sequence.num_committed * size)
+        self._cache.commit(sequence.lease, len(stored.block_ids), cost_s=cost_s)
+        sequence.num_committed += len(stored.block_ids)
+
+    def _advance(self, sampled: list[tuple[Job, Generation]], logits: torch.Tensor) -> None:
+        if not sampled:
+            return
+        drawn = sample(logits, [sequence.row for _, sequence in sampled])
+        for (job, sequence), result in zip(sampled, drawn, strict=True):
+            token = result.token
+            sequence.tokens.append(token)
+            job.output_tokens += 1
+            self.counters.generation_tokens += 1
+            if token in self._model.eos_ids:
+                self._finish(job, sequence, "end_turn", [])
+                continue
+            deltas = list(sequence.output.push(result))
+            if sequence.output.stopped_by is not None:
+                self._finish(job, sequence, "stop_sequence", deltas)
+            elif sequence.num_generated >= job.max_tokens or len(sequence.tokens) >= self._arena.capacity:
+                self._finish(job, sequence, "max_tokens", deltas)
+            elif deltas:
+                job.emit(deltas)
+
+    def _finish(self, job: Job, sequence: Generation, reason: FinishReason, deltas: list[Delta]) -> None:
+        deltas = [*deltas, *sequence.output.finish()]
+        stop = sequence.output.stopped_by
+        if stop is not None:
+            reason = "stop_sequence"
+        if sequence.output.called_tools and reason == "end_turn":
+            reason = "tool_use"
+        deltas.append(Finish(sequence.choice, reason, stop))
+        self._leave(job, sequence)
+        job.num_unfinished -= 1
+        if job.num_unfinished == 0:
+            self.counters.request_success += 1
+            deltas.append(End(job.usage(), self._clock.monotonic_s() - job.submitted_s))
+        job.emit(deltas)
+
+    def _leave(self, job: Job, sequence: Generation) -> None:
+        self._running = [item for item in self._running if item[1] is not sequence]
+        if sequence.lease is not None:
+            self._cache.release(sequence.lease)
+            sequence.lease = None
+        if sequence.extent is not None:
+            start, end = sequence.extent
+            self._arena.free(start, end - start)
+            sequence.extent = None
