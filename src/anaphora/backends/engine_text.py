@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
-from anaphora.backends.engine_template import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, Template
+from anaphora.backends.engine_template import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from anaphora.types import TextDelta, Tool, ToolUseDelta
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-__all__ = ["Detokenizer", "StopStrings", "Template", "ToolCallParser"]
 
 
 class FastTokenizer(Protocol):
