@@ -41,6 +41,9 @@ class Store:
     What keeps it right (invariant 4): the first tier and the queues of pending writes change only between awaits, so each
     change is one step for everybody else. Whoever awaited a slower tier compares `_state` before and after: if anything was
     erased meanwhile, by this process or another, what was read may be just that, and is not used.
+
+    An entry that is lost on its way to a slower tier may leave an older one under the same key there, which then is found
+    again: an earlier answer to the same question, and no less valid.
     """
 
     def __init__(
