@@ -344,6 +344,6 @@ MUTANTS: list[Callable[[Patch], None]] = [
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_the_machine_kills(mutant: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)
-    hasty = settings(SETTINGS, phases=[Phase.generate], max_examples=60, report_multiple_bugs=False)
+    hasty = settings(SETTINGS, phases=[Phase.generate], max_examples=200, report_multiple_bugs=False)
     with pytest.raises((AssertionError, KeyError, Flaky)):  # a thread may be faster the second time
         run_state_machine_as_test(StoreMachine, settings=hasty)
