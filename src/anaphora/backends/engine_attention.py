@@ -13,6 +13,7 @@ sequence's queries meet that sequence's own keys. Three cases, chosen by segment
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgspec
@@ -22,8 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from anaphora.kv.pool import KVPool
 
-NAME = "anaphora"
-"""The attention implementation's name in transformers' registry."""
+_numbers = itertools.count()
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -41,6 +41,8 @@ class PackedAttention:
 
     def __init__(self, pool: KVPool | None = None) -> None:
         self.pool = pool
+        self.name = f"anaphora_{next(_numbers)}"
+        """In transformers' registry, which is global: two models in one process must not take each other's attention."""
         self._segments: tuple[Segment, ...] = ()
         self._slots = torch.empty(0, dtype=torch.int64)
 
@@ -48,9 +50,9 @@ class PackedAttention:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
 
-        AttentionInterface.register(NAME, self.__call__)
+        AttentionInterface.register(self.name, self.__call__)
         # Masks are this module's business: the model must not build a [T, T] one over the packed row.
-        AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+        AttentionMaskInterface.register(self.name, lambda *args, **kwargs: None)
 
     def begin(self, segments: tuple[Segment, ...], device: torch.device) -> None:
         """Announce the next batch: its segments in row order, without gaps."""

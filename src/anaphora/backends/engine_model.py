@@ -14,8 +14,10 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 
-from anaphora.backends.engine_attention import NAME, PackedAttention, Segment
+from anaphora.backends.engine_attention import PackedAttention, Segment
+from anaphora.backends.engine_linear import can_pack, pack_linears
 from anaphora.errors import ConfigError
 from anaphora.keys import digest
 from anaphora.kv.pool import KVPool, KVShape
@@ -94,8 +96,9 @@ def _convert_gguf(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    with unreadable_is_refused(path):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = loaded.config
     # transformers refuses to save a model that says it was quantised, so its weights move into a fresh one.
     config.quantization_config = None
@@ -151,7 +154,10 @@ def _memoised_identity(path: Path, memo_dir: Path) -> str:
 
 def choose_device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # no such word; or torch was built without it
+            raise ConfigError(f"device {name!r} cannot be used here: {error}") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -183,11 +189,16 @@ class Model:
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(folder)
-        _check_full_attention(config)
+        with unreadable_is_refused(folder):
+            config = AutoConfig.from_pretrained(folder)
+            _check_full_attention(config)
+            _check_positions(config)
+            net, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
+            # transformers would go on with random numbers in their place.
+            raise ConfigError(f"{folder} does not hold all weights of its model: {', '.join(missing[:3])} ({len(missing)} in all)")
         self.device = device
-        net: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self._net = net.to(device).eval()
+        self._net: Any = net.to(device).eval()
         self._attention = PackedAttention()
         self._attention.register()
         text = config.get_text_config(decoder=True)
@@ -202,7 +213,7 @@ class Model:
         self.vocab_size = int(text.vocab_size)
         self.eos_ids = _eos_ids(self._net.generation_config, text)
         self.generation_defaults: dict[str, Any] = self._net.generation_config.to_diff_dict()
-        self._check_against_transformers()
+        self._switch_and_check()
 
     def attach(self, pool: KVPool) -> None:
         self._attention.pool = pool
@@ -222,14 +233,19 @@ class Model:
             logits: torch.Tensor = self._net.lm_head(rows).float()
             return logits
 
-    def _check_against_transformers(self) -> None:
-        """Prompt in two chunks through the packed attention against one plain forward: they must agree."""
+    def _switch_and_check(self) -> None:
+        """Go over to the engine's attention and layers: a prompt in three chunks through them must agree with transformers."""
         length, split = 24, 17
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.vocab_size, (length,), generator=generator).tolist()
         with torch.inference_mode():
             expected = self._net(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
-        self._net.set_attn_implementation(NAME)
+        try:
+            self._net.set_attn_implementation(self._attention.name)
+        except ValueError as cause:
+            raise ConfigError(f"this architecture does not run on the engine's attention: {cause}") from cause
+        if can_pack(self.kv_shape.dtype, self.device):
+            pack_linears(self._net)
         self.attach(KVPool(self.kv_shape, arena_tokens=length, num_blocks=0, block_size=1, device=self.device))
         try:
             rows = []
@@ -258,6 +274,27 @@ def _check_full_attention(config: Any) -> None:
             f"model type {config.model_type!r} has layers whose state is not plain attention over all tokens "
             f"({', '.join(other)}); the engine cannot cache them correctly and does not serve it. Use vLLM for this model."
         )
+
+
+def _check_positions(config: Any) -> None:
+    """Refuse rotary embeddings that change with the length of the text: keys that are cached already would become wrong."""
+    text = config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = {str(value.get("rope_type", "")) for value in (parameters, *parameters.values()) if isinstance(value, dict)}
+    if moving := sorted(kinds & {"dynamic", "longrope"}):
+        raise ConfigError(
+            f"model type {config.model_type!r} has rotary embeddings of type {moving[0]!r}, which depend on the length of the "
+            "whole text; the engine cannot cache them correctly and does not serve it. Use vLLM for this model."
+        )
+
+
+@contextlib.contextmanager
+def unreadable_is_refused(folder: Path) -> Iterator[None]:
+    """What transformers raises over a folder it cannot load → ConfigError: trying again would not help."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"cannot load the model in {folder}: {error}") from error
 
 
 def _eos_ids(generation_config: Any, config: Any) -> frozenset[int]:
