@@ -34,7 +34,7 @@ from anaphora.backends.engine_ipc import (
     from_engine_decoder,
     read_frame,
 )
-from anaphora.errors import BackendFailed, ConfigError, EngineDied, ServiceError
+from anaphora.errors import BackendFailed, ConfigError, EngineDied, InvalidRequest, ServiceError
 from anaphora.types import Delta, End, ModelInfo, Request, Scope
 
 GiB = 1024**3
@@ -228,7 +228,10 @@ class EngineClient:
     def _send(self, message: ToEngine) -> None:
         if self._writer is None:
             raise _died()
-        self._writer.write(frame(message))
+        try:
+            self._writer.write(frame(message))
+        except OverflowError:
+            raise InvalidRequest("a number in this request does not fit into 64 bits") from None
 
     async def _until_ready(self) -> None:
         """Requests that arrive while the engine starts, or comes back, wait for it instead of failing."""

@@ -11,18 +11,21 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from anaphora.backends.engine import EngineOptions
-from anaphora.backends.engine_core import EngineCore
 from anaphora.backends.engine_ipc import (
     Cancel,
     CountTokens,
     Deltas,
+    Failed,
     Forget,
     FromEngine,
     Reply,
@@ -37,7 +40,10 @@ from anaphora.backends.engine_ipc import (
 )
 from anaphora.errors import BackendFailed, ConfigError, EngineDied, ServiceError
 from anaphora.registry import POLICIES
-from anaphora.types import Delta
+from anaphora.types import Delta, End
+
+if TYPE_CHECKING:
+    from anaphora.backends.engine_core import EngineCore
 
 Inbox = queue.SimpleQueue[Callable[[], None]]
 
@@ -49,9 +55,12 @@ class Connection:
         self._server = server
         self._writer = writer
         self._live: set[int] = set()
+        """Requests submitted and not yet answered: they are cancelled with the connection."""
 
     def send(self, message: FromEngine) -> None:
         """From the socket thread."""
+        if isinstance(message, Failed) or (isinstance(message, Deltas) and isinstance(message.deltas[-1], End)):
+            self._live.discard(message.id)
         if not self._writer.is_closing():
             self._writer.write(frame(message))
 
@@ -67,6 +76,9 @@ class Connection:
             self._act(message, core)
         except ServiceError as error:
             self.send(failed(message.id, error))
+        except Exception as error:  # a template or a tokenizer that breaks on one request must not end all the others
+            traceback.print_exc()
+            self.send(failed(message.id, BackendFailed(f"the engine could not take this request: {error!r}")))
 
     def close(self, core: EngineCore | None) -> None:
         if core is not None:
@@ -140,13 +152,15 @@ class SocketServer:
 
 def main(address: str, settings: str) -> None:
     options = msgspec.json.decode(settings, type=EngineOptions)
+    # Ctrl-C in a terminal reaches this process too. The gateway decides: it may still let answers finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     os.nice(options.niceness)
     inbox: Inbox = queue.SimpleQueue()
     server = SocketServer(address, inbox)
     server.start()
     try:
-        core = EngineCore(options, POLICIES.load(options.policy)(), progress=lambda stage: server.announce(Status(stage)))
+        core = _load(options, lambda stage: server.announce(Status(stage)))
     except ConfigError as error:
         print(f"anaphora engine: {error}", file=sys.stderr, flush=True)
         server.announce(Status("refused", refused=str(error)))
@@ -154,6 +168,20 @@ def main(address: str, settings: str) -> None:
         return
     server.announce(Status("ready", models=(core.info,), ready=True), core)
     _loop(core, inbox)
+
+
+def _load(options: EngineOptions, progress: Callable[[str], None]) -> EngineCore:
+    try:
+        import psutil  # noqa: F401  # `stats` needs it: better missed now than then
+        from transformers.utils import logging
+
+        from anaphora.backends.engine_core import EngineCore
+    except ImportError as error:
+        raise ConfigError(
+            f"the embedded engine needs packages that are not installed ({error}): pip install 'anaphora[local]'"
+        ) from error
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return EngineCore(options, POLICIES.load(options.policy)(), progress=progress)
 
 
 def _loop(core: EngineCore, inbox: Inbox) -> None:

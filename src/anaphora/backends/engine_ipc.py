@@ -93,13 +93,13 @@ def frame(message: ToEngine | FromEngine) -> bytes:
 
 
 async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[M]) -> M | None:
-    """The next message, or None at a clean or torn end of the stream."""
+    """The next message, or None where the stream ends, cleanly or torn, or says what no message is."""
     try:
         length = int.from_bytes(await reader.readexactly(4), "big")
         if length > MAX_FRAME:
             return None
         return decoder.decode(await reader.readexactly(length))
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
         return None
 
 

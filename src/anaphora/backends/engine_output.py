@@ -17,16 +17,25 @@ class Output:
         stops: StopStrings,
         tools: ToolCallParser | None,
         token_text: Callable[[int], str],
+        *,
+        one_call: bool = False,
     ) -> None:
+        """`one_call`: the answer ends with its first tool call (`tool_choice.parallel` is false)."""
         self._choice = choice
         self._detokenizer = detokenizer
         self._stops = stops
         self._tools = tools
         self._token_text = token_text
+        self._one_call = one_call
         self._logprobs: list[TokenLogprob] = []
         """Of tokens whose text is still held back: they go out with the next text."""
         self.stopped_by: str | None = None
         self.called_tools = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether more tokens would add nothing."""
+        return self._one_call and self.called_tools
 
     def push(self, sampled: Sampled) -> list[Delta]:
         """The deltas that became final with one more token."""
@@ -59,6 +68,8 @@ class Output:
 
     def _label(self, deltas: Iterable[TextDelta | ToolUseDelta]) -> Iterator[Delta]:
         for delta in deltas:
+            if self.complete and not (isinstance(delta, TextDelta) and not delta.text):
+                continue
             if isinstance(delta, TextDelta):
                 yield TextDelta(self._choice, delta.text, tuple(self._logprobs))
                 self._logprobs = []

@@ -37,6 +37,7 @@ from anaphora.types import (
     End,
     Finish,
     FinishReason,
+    Scope,
     Tenant,
     Usage,
 )
@@ -115,6 +116,8 @@ class Job:
         self.submitted_s = submitted_s
         self.num_unfinished = len(generations)
         self.begun = False
+        self.forgotten = False
+        """Its tenant was forgotten while it was in the engine: it still gets its answer, and leaves nothing behind."""
         self.output_tokens = 0
         self.reused: dict[int, int] = {}
 
@@ -184,6 +187,12 @@ class Scheduler:
         for job, sequence in [item for item in self._running if item[0].id == id]:
             self._leave(job, sequence)
 
+    def forget(self, scope: Scope) -> int:
+        """Drop the cached blocks of `scope.tenant` and return how many. Requests of it that are here already leave none."""
+        for job, _ in itertools.chain(self._running, self._waiting):
+            job.forgotten = job.forgotten or scope.tenant in (None, job.tenant)
+        return self._cache.forget(scope)
+
     def fail_all(self, error: ServiceError) -> None:
         """End every request in the engine with `error`; the engine itself goes on."""
         jobs = {id(job): job for job, _ in itertools.chain(self._running, self._waiting)}
@@ -216,12 +225,12 @@ class Scheduler:
         elapsed_s = self._clock.monotonic_s() - started_s
         self.counters.forward_seconds += elapsed_s
         self.counters.num_steps += 1
-        for _, sequence, count in batch:
+        for job, sequence, count in batch:
             before = sequence.num_computed
             sequence.num_computed += count
-            if before < sequence.num_prompt:
-                self.counters.request_prefill_kv_computed_tokens += count
-            self._commit(sequence, cost_s=elapsed_s * self._pool.block_size / len(tokens))
+            self.counters.request_prefill_kv_computed_tokens += max(0, min(count, sequence.num_prompt - before))
+            if self._caches(job):
+                self._commit(sequence, cost_s=elapsed_s * self._pool.block_size / len(tokens))
         self._advance(sampled, logits)
         for job, sequence, _ in batch:
             if job.max_tokens == 0 and sequence.num_left == 0:
@@ -236,30 +245,31 @@ class Scheduler:
         held: list[tuple[Job, Generation]] = []
         while self._waiting and len(self._running) < self._options.max_num_seqs:
             job, sequence = self._waiting.popleft()
-            lease = self._match(job, sequence)
-            if lease is None:
+            if self._being_computed(job, sequence):
                 held.append((job, sequence))
                 continue
             length = min(len(sequence.tokens) + min(_RESERVE, job.max_tokens - sequence.num_generated), self._arena.capacity)
             start = self._arena.allocate(length)
-            if start is None:
-                self._cache.release(lease)
+            if start is None:  # before the match: a look that comes to nothing must not count as a use of the blocks
                 held.append((job, sequence))
                 break
-            self._enter(job, sequence, lease, (start, start + length))
+            self._enter(job, sequence, (start, start + length))
         self._waiting.extendleft(reversed(held))
 
-    def _match(self, job: Job, sequence: Generation) -> Lease | None:
-        """A lease on the longest cached prefix, or None where it is worth waiting for a longer one."""
-        if not self._options.prefix_caching:
-            return self._cache.match((), len(sequence.tokens), tenant=job.tenant)
+    def _caches(self, job: Job) -> bool:
+        return self._options.prefix_caching and not job.forgotten
+
+    def _being_computed(self, job: Job, sequence: Generation) -> bool:
+        """Whether it is worth waiting for a prefix longer than the cached one."""
+        if not self._caches(job):
+            sequence.hashes = []
+            return False
         if not sequence.hashes:
             sequence.hashes = block_hashes(sequence.namespace, sequence.tokens, self._pool.block_size)
-        if self._cache.num_announced(sequence.hashes, len(sequence.tokens), tenant=job.tenant):
-            return None
-        return self._cache.match(sequence.hashes, len(sequence.tokens), tenant=job.tenant)
+        return self._cache.num_announced(sequence.hashes, len(sequence.tokens), tenant=job.tenant) > 0
 
-    def _enter(self, job: Job, sequence: Generation, lease: Lease, extent: tuple[int, int]) -> None:
+    def _enter(self, job: Job, sequence: Generation, extent: tuple[int, int]) -> None:
+        lease = self._cache.match(sequence.hashes, len(sequence.tokens), tenant=job.tenant)
         matched = lease.num_matched_blocks
         self._pool.load(lease.block_ids, extent[0])
         sequence.lease, sequence.extent = lease, extent
@@ -292,9 +302,10 @@ class Scheduler:
         decoding = [(job, s) for job, s in self._running if s.num_left == 1]
         batch = []
         for job, sequence in decoding:
-            if self._make_room(job, sequence):
+            # Those who are looked at later are younger: they may just have been preempted to make room for this one.
+            if sequence.extent is not None and self._make_room(job, sequence):
                 batch.append((job, sequence, 1))
-        batch = [(job, s, n) for job, s, n in batch if s.extent is not None]  # preempted to make room for another
+        batch = [(job, s, n) for job, s, n in batch if s.extent is not None]
         prefilling = [(job, s) for job, s in self._running if s.num_left > 1]
         if not prefilling:
             return batch
@@ -344,7 +355,7 @@ class Scheduler:
         """Give the blocks that became full to the cache, generated ones included."""
         size = self._pool.block_size
         full = sequence.num_computed // size
-        if not self._options.prefix_caching or full <= sequence.num_committed:
+        if full <= sequence.num_committed:
             return
         assert sequence.lease is not None
         assert sequence.extent is not None
@@ -373,6 +384,8 @@ class Scheduler:
             deltas = list(sequence.output.push(result))
             if sequence.output.stopped_by is not None:
                 self._finish(job, sequence, "stop_sequence", deltas)
+            elif sequence.output.complete:
+                self._finish(job, sequence, "end_turn", deltas)
             elif sequence.num_generated >= job.max_tokens or len(sequence.tokens) >= self._arena.capacity:
                 self._finish(job, sequence, "max_tokens", deltas)
             elif deltas:
