@@ -20,6 +20,7 @@ from anaphora.backends.engine_model import (
     fingerprint,
     materialise,
     resolve,
+    unreadable_is_refused,
 )
 from anaphora.backends.engine_output import Output
 from anaphora.backends.engine_sampling import SampledRow, model_defaults, plan_for
@@ -92,7 +93,8 @@ class EngineCore:
         self.model.attach(pool)
         self.context = min(self.model.context, plan.arena_tokens)
         progress("loading the tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with unreadable_is_refused(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         self._tokenizer = tokenizer
         self._template = Template(tokenizer, vocab_size=self.model.vocab_size)
         self._defaults = model_defaults(self.model.generation_defaults)
@@ -115,6 +117,9 @@ class EngineCore:
             fingerprint=self._fingerprint,
         )
         self._plan = plan
+        # Requests on their way from the thread that prepares to the one that steps; each thread writes one of the two.
+        self._num_prepared = 0
+        self._num_submitted = 0
         self.load_s = time.monotonic() - started_s
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -122,15 +127,19 @@ class EngineCore:
     def prepare(
         self, id: object, request: Request, emit: Callable[[list[Delta]], None], fail: Callable[[ServiceError], None]
     ) -> Job:
-        """Check and tokenise a request. May run on another thread than `step`. Raises ServiceErrors that say what is wrong."""
+        """Check and tokenise a request; the caller owes a `submit`. Raises ServiceErrors that say what is wrong.
+
+        May run on another thread than `step`, always the same.
+        """
         for field in _UNSUPPORTED:
             if request.extra.get(field) is not None:
                 raise InvalidRequest(
                     f"{field} is not supported by the embedded engine", param=field, code="unsupported_parameter"
                 )
-        if self._scheduler.num_waiting >= self._options.max_queue:
-            message = f"{self._scheduler.num_waiting} requests are waiting already; retry later"
-            raise QueueFull(message, retry_after_s=self._retry_after_s())
+        num_waiting = self._scheduler.num_waiting + self._num_prepared - self._num_submitted
+        if num_waiting >= self._options.max_queue:
+            message = f"{num_waiting} requests are waiting already; retry later"
+            raise QueueFull(message, retry_after_s=self._retry_after_s(num_waiting))
         prompts = self._tokenise(request)
         left = self.context - max(len(prompt) for prompt in prompts)
         if left < 1:
@@ -153,12 +162,15 @@ class EngineCore:
             for p, prompt in enumerate(prompts)
             for i in range(n)
         ]
+        self._num_prepared += len(generations)
         return Job(
             id,
             model=self.info.id,
             tenant=request.tenant,
             max_tokens=left if request.max_tokens is None else min(request.max_tokens, left),
             num_choices=n,
+            # vLLM's extension, which load tests send: go on to max_tokens whatever the model says.
+            eos_ids=frozenset() if request.extra.get("ignore_eos") is True else self.model.eos_ids,
             prompt_tokens=sum(map(len, prompts)),
             generations=generations,
             preface=self._echoed(request, prompts),
@@ -172,6 +184,7 @@ class EngineCore:
 
     def submit(self, job: Job) -> None:
         self._scheduler.submit(job)
+        self._num_submitted += len(job.generations)
 
     def cancel(self, id: object) -> None:
         self._scheduler.cancel(id)
@@ -186,7 +199,8 @@ class EngineCore:
     def forget(self, scope: Scope) -> int:
         if scope.tag is not None or scope.model not in (None, self.info.id):
             return 0
-        return self._cache.forget(scope)
+        self._template.forget()
+        return self._scheduler.forget(scope)
 
     def stats(self) -> dict[str, int | float | str]:
         """Flat gauges and totals; names as in vLLM's metrics where vLLM has one."""
@@ -223,7 +237,8 @@ class EngineCore:
     def _output(self, request: Request, choice: int) -> Output:
         tools = ToolCallParser(request.tools, choice=choice) if request.tools and request.tool_choice.mode != "none" else None
         stops = StopStrings(request.sampling.stop)
-        return Output(choice, Detokenizer(self._tokenizer), stops, tools, self._token_text)
+        one_call = not request.tool_choice.parallel
+        return Output(choice, Detokenizer(self._tokenizer), stops, tools, self._token_text, one_call=one_call)
 
     def _token_text(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
@@ -235,11 +250,11 @@ class EngineCore:
         texts = [str(self._tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in prompts]
         return [TextDelta(p * n + i, text) for p, text in enumerate(texts) for i in range(n)]
 
-    def _retry_after_s(self) -> float:
+    def _retry_after_s(self, num_waiting: int) -> float:
         """How long the waiting requests will keep the engine busy, going by the pace so far."""
         counters = self._scheduler.counters
         pace_s = counters.forward_seconds / max(1, counters.request_success)
-        return min(60.0, max(1.0, pace_s * self._scheduler.num_waiting / 2))
+        return min(60.0, max(1.0, pace_s * num_waiting / 2))
 
 
 def _resident_bytes() -> int:

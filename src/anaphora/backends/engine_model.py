@@ -193,10 +193,11 @@ class Model:
             config = AutoConfig.from_pretrained(folder)
             _check_full_attention(config)
             _check_positions(config)
-            net, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        net, report = loaded
         if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
             # transformers would go on with random numbers in their place.
-            raise ConfigError(f"{folder} does not hold all weights of its model: {', '.join(missing[:3])} ({len(missing)} in all)")
+            raise ConfigError(f"{folder} lacks {len(missing)} of its model's weights: {', '.join(missing[:3])} ...")
         self.device = device
         self._net: Any = net.to(device).eval()
         self._attention = PackedAttention()
