@@ -12,10 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from anaphora.cli import chat, config, serve, stats, version
+from anaphora.cli import bench, chat, config, demo, serve, stats, version
 from anaphora.errors import AnaphoraError, ConfigError
 
-COMMANDS = (serve, chat, stats, config, version)
+COMMANDS = (serve, demo, chat, bench, stats, config, version)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
