@@ -122,6 +122,20 @@ def test_streaming_and_the_token_limit_are_not_part_of_the_question() -> None:
     assert key_of(replace(BASE, stream=True)) == key_of(replace(BASE, max_tokens=5)) == key_of(BASE)
 
 
+def with_call_ids(call: str, result: str) -> Request:
+    asked = replace(BASE.messages[2], content=(ToolUsePart(call, "look", "{}"), ToolUsePart("other", "look", "{}")))
+    told = replace(BASE.messages[3], content=(ToolResultPart(result, (TextPart("a cat"),)),))
+    return replace(BASE, messages=(*BASE.messages[:2], asked, told, *BASE.messages[4:]))
+
+
+def test_the_ids_of_tool_calls_are_names_only() -> None:
+    assert key_of(with_call_ids("call_1", "call_1")) == key_of(with_call_ids("toolu_9", "toolu_9"))
+
+
+def test_which_call_a_result_belongs_to_is_part_of_the_question() -> None:
+    assert key_of(with_call_ids("call_1", "call_1")) != key_of(with_call_ids("call_1", "other"))
+
+
 def test_changed_weights_are_another_question() -> None:
     assert key_of(BASE, "f") != key_of(BASE, "g")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from anaphora.types import BlockHash, Key, Request, Tenant
+from anaphora.types import BlockHash, Key, Message, Part, Request, Tenant, ToolResultPart, ToolUsePart
 
 KEY_SCHEMA = 1
 
@@ -64,13 +64,16 @@ def request_key(request: Request, *, fingerprint: str) -> Key:
     Left out are only `stream`, and `max_tokens`, whose part in the question depends on how the answer ended (see
     `levels.exact`). Unknown fields (`extra`) count; the order of JSON keys does not; 1 and 1.0 are one number; strings are
     taken as they are. `fingerprint` is the model's (`ModelInfo.fingerprint`): changed weights are another question.
+
+    Ids of tool calls are names and no content: they are replaced by their place in the conversation, so that the turn after a
+    replayed answer, whose ids were made anew, is still the same question.
     """
     # Sampling and tool choice go in field by field: a struct's encoding drops a default only where it is the very same
     # object, so 0.0 from a JSON body and the default 0.0 would part ways.
     s, choice = request.sampling, request.tool_choice
     view = (
         request.model,
-        request.messages,
+        _calls_by_place(request.messages),
         request.prompts,
         request.echo,
         request.tools,
@@ -95,6 +98,22 @@ def request_key(request: Request, *, fingerprint: str) -> Key:
 def derived_key(key: Key, name: str, number: int) -> Key:
     """One of several answers to the question `key`: the one called `name` `number` (a bucket, a token limit)."""
     return Key(digest((b"derived", key, name.encode(), str(number).encode())))
+
+
+def _calls_by_place(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """`messages` with every tool call's id replaced by the number of its first mention, also where its result names it."""
+    if not any(isinstance(part, (ToolUsePart, ToolResultPart)) for message in messages for part in message.content):
+        return messages
+    places: dict[str, str] = {}
+
+    def renamed(part: Part) -> Part:
+        if isinstance(part, ToolUsePart):
+            return msgspec.structs.replace(part, id=places.setdefault(part.id, str(len(places))))
+        if isinstance(part, ToolResultPart):
+            return msgspec.structs.replace(part, tool_use_id=places.setdefault(part.tool_use_id, str(len(places))))
+        return part
+
+    return tuple(msgspec.structs.replace(message, content=tuple(map(renamed, message.content))) for message in messages)
 
 
 def _encode_with_plain_numbers(view: object) -> bytes:
