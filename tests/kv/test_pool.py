@@ -1,11 +1,12 @@
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402  (the engine's tests are skipped where torch is not installed)
-from hypothesis import strategies as st  # noqa: E402
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from anaphora.kv.pool import KVPool, KVShape  # noqa: E402
+from anaphora.kv.pool import KVPool, KVShape
 
 SIZE = 4
 

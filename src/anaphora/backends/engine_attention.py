@@ -96,8 +96,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_past: int, sca
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
     if q.device.type == "cpu":
         return _attend_in_two(q, k, v, num_past, scale)
-    bias = causal_lower_right(num_new, num_past + num_new)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=heads != kv_heads)
+    return _attend_biased(q, k, v, num_past, scale)
+
+
+def _attend_biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_past: int, scale: float | None) -> torch.Tensor:
+    bias = causal_lower_right(q.shape[2], num_past + q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _attend_in_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_past: int, scale: float | None) -> torch.Tensor:
