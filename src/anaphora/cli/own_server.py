@@ -41,6 +41,7 @@ class OwnServer:
         self._listening.wait()
         if not self.url:
             self._process.wait()
+            self._reader.join()
             raise ServerProblem(self._obituary())
         return self
 
@@ -77,14 +78,15 @@ class OwnServer:
     def _read(self) -> None:
         """In a thread of its own: the pipe must never fill up."""
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            text = line.rstrip().removeprefix(_PREFIX)
-            self._lines.append(text)
-            if text.startswith(_LISTENING):
-                self.url = text.removeprefix(_LISTENING).split()[0]
-                self._listening.set()
-            elif text and self.url and not self._ready:
-                self._on_stage(text)
+        with self._process.stderr as lines:
+            for line in lines:
+                text = line.rstrip().removeprefix(_PREFIX)
+                self._lines.append(text)
+                if text.startswith(_LISTENING):
+                    self.url = text.removeprefix(_LISTENING).split()[0]
+                    self._listening.set()
+                elif line.startswith(_PREFIX) and self.url and not self._ready:
+                    self._on_stage(text)
         self._listening.set()  # or never will be
 
     def _obituary(self) -> str:
