@@ -1,0 +1,55 @@
+"""Caching headers as RFC 9111 and RFC 9211 write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anaphora.answer import Recalled
+from anaphora.events import Hit
+from anaphora.server.headers import cache_control, of_answer
+from anaphora.types import CacheControl, Completion, Key, Usage
+
+
+@pytest.mark.parametrize(
+    ("value", "control"),
+    [
+        (None, CacheControl()),
+        (b"", CacheControl()),
+        (b"no-store", CacheControl(no_store=True)),
+        (b"No-Cache , ONLY-IF-CACHED", CacheControl(no_cache=True, only_if_cached=True)),
+        (b"max-age=60", CacheControl(max_age_s=60)),
+        (b'max-age="60", foo="a, no-store", no-transform', CacheControl(max_age_s=60)),
+        (b"max-age=60,max-age=5", CacheControl(max_age_s=5)),
+        (b"max-age=soon", CacheControl(max_age_s=0)),
+        (b"max-age=-1", CacheControl(max_age_s=0)),
+        (b"max-age", CacheControl(max_age_s=0)),
+        (b",,=;, no-store", CacheControl(no_store=True)),
+        (b"no-storely", CacheControl()),
+    ],
+)
+def test_request_directives(value: bytes | None, control: CacheControl) -> None:
+    assert cache_control(value) == control
+
+
+@given(st.binary(max_size=60))
+def test_no_header_breaks_the_parser(value: bytes) -> None:
+    assert isinstance(cache_control(value), CacheControl)
+
+
+def recalled(ttl_s: float | None) -> Recalled:
+    completion = Completion("m", (), Usage())
+    return Recalled(Hit("exact", Key(b"\xab" * 32), completion, age_s=12.9, ttl_s=ttl_s, cost_s=0.25))
+
+
+def test_a_hit_says_its_age_what_is_left_and_what_it_saved() -> None:
+    assert dict(of_answer(recalled(30.5), 0)) == {
+        b"cache-status": b'anaphora; hit; ttl=30; key="abababababababab"',
+        b"age": b"12",
+        b"x-anaphora-saved-ms": b"250",
+    }
+
+
+def test_an_entry_without_a_limit_says_no_ttl() -> None:
+    assert dict(of_answer(recalled(None), 0))[b"cache-status"] == b'anaphora; hit; key="abababababababab"'

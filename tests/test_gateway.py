@@ -1,0 +1,384 @@
+"""The path: recall, share, compute, learn. Real parts throughout; interleavings are forced with the echo's gate."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import pytest
+
+from anaphora.answer import Answer, Live, Recalled
+from anaphora.backends.echo import EchoBackend, Options, fail_at
+from anaphora.catalogue import Catalogue
+from anaphora.clock import ManualClock
+from anaphora.config import Buckets
+from anaphora.errors import BackendFailed, ModelNotFound, NotCached
+from anaphora.events import Answered, Computed, Event, Failed, Forgotten, Hit, Miss, Refused, Stored
+from anaphora.gateway import Gateway
+from anaphora.levels.base import Question
+from anaphora.levels.exact import ExactLevel, ExactOptions
+from anaphora.memory import AnswerLevel, Memory
+from anaphora.policies.lru import LRU
+from anaphora.store import Store
+from anaphora.tiers.base import TierStats
+from anaphora.tiers.ram import RamOptions, RamTier
+from anaphora.types import CacheControl, Completion, Key, Message, ModelInfo, Request, Sampling, Scope, Tenant, TextPart
+
+
+class Bench:
+    """A gateway over echo and memory, and what it emitted."""
+
+    def __init__(
+        self,
+        *,
+        sampled: Literal["reuse", "never"] | Buckets = "reuse",
+        levels: list[AnswerLevel] | None = None,
+        backend: EchoBackend | None = None,
+    ) -> None:
+        self.clock = ManualClock()
+        self.events: list[Event] = []
+        self.backend = backend or EchoBackend(clock=self.clock)
+        policy: LRU[Key] = LRU()
+        tier = RamTier(RamOptions(), policy=policy, clock=self.clock)
+        level = ExactLevel(ExactOptions(sampled=sampled), store=Store([tier], clock=self.clock), clock=self.clock)
+        catalogue = Catalogue(self.backend, ["also-echo"])
+        memory = Memory([level] if levels is None else levels, fingerprint=catalogue.fingerprint, emit=self.events.append)
+        self.gateway = Gateway(self.backend, memory, catalogue, clock=self.clock, emit=self.events.append)
+
+    def of(self, kind: type[Event]) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def answered(self) -> list[tuple[str, str]]:
+        return [(event.source, event.outcome) for event in self.events if isinstance(event, Answered)]
+
+    async def settled(self) -> None:
+        """Wait until every computation has landed."""
+        await self.gateway._flights.drain()  # tests of other modules have no business with flights
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await body()
+
+    asyncio.run(main())
+
+
+def ask(text: str = "to be or not", **fields: object) -> Request:
+    fields = {"sampling": Sampling(temperature=0.0), **fields}
+    return Request("echo", messages=(Message("user", (TextPart(text),)),), **fields)  # type: ignore[arg-type]
+
+
+async def whole(answer: Answer) -> Completion | None:
+    if isinstance(answer, Recalled):
+        return answer.completion
+    try:
+        return await answer.whole()
+    finally:
+        answer.leave()
+
+
+def text(completion: Completion | None) -> str:
+    assert completion is not None
+    return "".join(part.text for part in completion.choices[0].content if isinstance(part, TextPart))
+
+
+class Gate:
+    """Holds every run at one delta until it is opened."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.reached = asyncio.Event()
+        self.open = asyncio.Event()
+
+    async def __call__(self, index: int) -> None:
+        if index == self.at:
+            self.reached.set()
+            await self.open.wait()
+
+
+def test_a_second_identical_request_is_a_hit_and_computes_nothing() -> None:
+    async def body() -> None:
+        bench = Bench()
+        await bench.gateway.start()
+        first = await bench.gateway.complete(ask())
+        assert first.source == "miss"
+        assert text(await whole(first)) == "to be or not"
+        await bench.settled()
+        bench.clock.advance(3)
+        second = await bench.gateway.complete(ask())
+        assert isinstance(second, Recalled)
+        assert text(second.completion) == "to be or not"
+        assert second.age_s == 3
+        assert bench.backend.runs == 1
+        assert bench.answered() == [("miss", "finished"), ("hit", "finished")]
+        assert len(bench.of(Computed)) == len(bench.of(Stored)) == 1
+
+    run(body)
+
+
+def test_simultaneous_identical_requests_are_one_computation() -> None:
+    async def body() -> None:
+        bench = Bench()
+        answers = [await bench.gateway.complete(ask()) for _ in range(50)]
+        assert [answer.source for answer in answers] == ["miss"] + ["collapsed"] * 49
+        texts = [text(completion) for completion in await asyncio.gather(*map(whole, answers))]
+        assert texts == ["to be or not"] * 50
+        await bench.settled()
+        assert bench.backend.runs == 1
+        assert len(bench.of(Computed)) == len(bench.of(Stored)) == 1
+
+    run(body)
+
+
+def test_different_token_limits_tenants_and_salts_are_computed_apart() -> None:
+    async def body() -> None:
+        bench = Bench()
+        requests = [ask(), ask(max_tokens=2), ask(tenant=Tenant("other")), ask(cache_salt="salt")]
+        answers = [await bench.gateway.complete(request) for request in requests]
+        assert [answer.source for answer in answers] == ["miss"] * 4
+        assert [text(await whole(answer)) for answer in answers] == ["to be or not", "to be ", "to be or not", "to be or not"]
+
+    run(body)
+
+
+def test_a_client_that_leaves_alone_cancels_and_nothing_is_learned() -> None:
+    async def body() -> None:
+        gate = Gate(at=2)
+        bench = Bench(backend=EchoBackend(gate=gate))
+        answer = await bench.gateway.complete(ask())
+        assert isinstance(answer, Live)
+        await gate.reached.wait()
+        answer.leave()
+        await bench.settled()
+        assert (bench.backend.runs, bench.backend.closed, bench.backend.finished) == (1, 1, 0)
+        assert bench.of(Stored) == []
+        assert bench.answered() == [("miss", "left")]
+        assert (await bench.gateway.complete(ask())).source == "miss"
+
+    run(body)
+
+
+def test_the_leader_leaving_leaves_the_followers_a_whole_answer_that_is_learned() -> None:
+    async def body() -> None:
+        gate = Gate(at=2)
+        bench = Bench(backend=EchoBackend(gate=gate))
+        leader = await bench.gateway.complete(ask())
+        follower = await bench.gateway.complete(ask())
+        await gate.reached.wait()
+        assert isinstance(leader, Live)
+        leader.leave()
+        gate.open.set()
+        assert text(await whole(follower)) == "to be or not"
+        await bench.settled()
+        assert bench.answered() == [("miss", "left"), ("collapsed", "finished")]
+        assert len(bench.of(Stored)) == 1
+
+    run(body)
+
+
+def test_a_failure_reaches_every_client_and_nothing_is_learned() -> None:
+    async def body() -> None:
+        bench = Bench(backend=EchoBackend(gate=fail_at(3)))
+        for answer in [await bench.gateway.complete(ask()) for _ in range(3)]:
+            with pytest.raises(BackendFailed):
+                await whole(answer)
+        await bench.settled()
+        assert bench.of(Stored) == []
+        assert {outcome for _, outcome in bench.answered()} == {"failed"}
+
+    run(body)
+
+
+def test_no_cache_and_no_store_share_nothing() -> None:
+    async def body() -> None:
+        for control in (CacheControl(no_cache=True), CacheControl(no_store=True)):
+            bench = Bench()
+            plain = await bench.gateway.complete(ask())
+            own = [await bench.gateway.complete(ask(), control) for _ in range(2)]
+            assert all(answer.source != "collapsed" for answer in own)
+            await asyncio.gather(*map(whole, [plain, *own]))
+            assert bench.backend.runs == 3
+
+    run(body)
+
+
+def test_no_store_leaves_nothing_behind() -> None:
+    async def body() -> None:
+        bench = Bench()
+        answer = await bench.gateway.complete(ask(), CacheControl(no_store=True))
+        assert answer.source == "bypass"
+        await whole(answer)
+        await bench.settled()
+        assert bench.of(Stored) == []
+        assert len(bench.of(Refused)) == 1
+
+    run(body)
+
+
+def test_only_if_cached_never_computes() -> None:
+    async def body() -> None:
+        bench = Bench()
+        with pytest.raises(NotCached):
+            await bench.gateway.complete(ask(), CacheControl(only_if_cached=True))
+        assert bench.backend.runs == 0
+
+    run(body)
+
+
+def test_sampled_answers_are_shared_only_where_the_setting_reuses_them() -> None:
+    async def body() -> None:
+        sampled = ask(sampling=Sampling(temperature=1.0))
+        settings: tuple[tuple[Literal["reuse", "never"] | Buckets, int], ...] = (("reuse", 1), ("never", 3), (Buckets(2), 3))
+        for setting, runs in settings:
+            bench = Bench(sampled=setting)
+            answers = [await bench.gateway.complete(sampled) for _ in range(3)]
+            await asyncio.gather(*map(whole, answers))
+            assert bench.backend.runs == runs, setting
+
+    run(body)
+
+
+def test_without_levels_everything_is_computed_and_nothing_shared() -> None:
+    async def body() -> None:
+        bench = Bench(levels=[])
+        answers = [await bench.gateway.complete(ask()) for _ in range(2)]
+        assert [answer.source for answer in answers] == ["bypass"] * 2
+        await asyncio.gather(*map(whole, answers))
+        assert bench.backend.runs == 2
+
+    run(body)
+
+
+def test_an_unknown_model_is_refused_with_the_names_there_are_and_an_alias_is_served() -> None:
+    async def body() -> None:
+        bench = Bench()
+        with pytest.raises(ModelNotFound, match="echo"):
+            await bench.gateway.complete(Request("gpt-9"))
+        await whole(await bench.gateway.complete(ask()))
+        await bench.settled()
+        alias = Request("also-echo", messages=ask().messages, sampling=ask().sampling)
+        assert (await bench.gateway.complete(alias)).source == "hit"
+        assert await bench.gateway.count_tokens(alias) == 4
+
+    run(body)
+
+
+def test_what_was_being_computed_when_it_was_forgotten_is_not_learned() -> None:
+    async def body() -> None:
+        gate = Gate(at=2)
+        bench = Bench(backend=EchoBackend(gate=gate))
+        answer = await bench.gateway.complete(ask())
+        await gate.reached.wait()
+        receipt = await bench.gateway.forget(Scope(tenant=ask().tenant))
+        assert receipt.answers[0].complete
+        gate.open.set()
+        assert text(await whole(answer)) == "to be or not"
+        await bench.settled()
+        assert bench.of(Stored) == []
+
+    run(body)
+
+
+class Broken:
+    """A level that cannot do anything."""
+
+    name = "broken"
+
+    def lookup_now(self, question: Question) -> Hit[Completion] | Miss | None:
+        raise OSError("broken")
+
+    async def lookup(self, question: Question) -> Hit[Completion] | Miss:
+        raise OSError("broken")
+
+    async def learn(
+        self, question: Question, value: Completion, *, clean: bool, cost_s: float, tags: tuple[str, ...] = ()
+    ) -> Stored | Refused:
+        raise OSError("broken")
+
+    async def forget(self, scope: Scope) -> Forgotten:
+        raise OSError("broken")
+
+    async def stats(self) -> dict[str, TierStats]:
+        return {}
+
+    async def flush(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+def test_where_the_cache_fails_the_request_succeeds_and_the_failure_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        bench = Bench(levels=[Broken()])
+        assert text(await whole(await bench.gateway.complete(ask()))) == "to be or not"
+        await bench.settled()
+        assert len(bench.of(Failed)) == 2
+
+    run(body)
+    assert "goes on without it" in caplog.text
+
+
+class Reweighted(EchoBackend):
+    """An echo whose weights change under a request."""
+
+    weights = 1
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        return (ModelInfo("echo", fingerprint=f"echo-{self.weights}"),)
+
+
+def test_an_answer_of_other_weights_than_were_asked_is_not_learned() -> None:
+    async def body() -> None:
+        gate = Gate(at=1)
+        backend = Reweighted(Options(), gate=gate)
+        bench = Bench(backend=backend)
+        await backend.start()
+        answer = await bench.gateway.complete(ask())
+        await gate.reached.wait()
+        backend.weights = 2
+        gate.open.set()
+        await whole(answer)
+        await bench.settled()
+        assert bench.of(Stored) == []
+        answer = await bench.gateway.complete(ask())
+        assert answer.source == "miss"
+        await whole(answer)
+
+    run(body)
+
+
+def test_remembered_answers_are_given_while_the_backend_is_away() -> None:
+    async def body() -> None:
+        bench = Bench()
+        await bench.gateway.start()
+        await whole(await bench.gateway.complete(ask()))
+        await bench.settled()
+        await bench.backend.aclose()
+        assert not bench.gateway.ready()
+        assert (await bench.gateway.complete(ask())).source == "hit"
+
+    run(body)
+
+
+def test_times_are_measured_on_the_clock() -> None:
+    async def body() -> None:
+        bench = Bench()
+
+        async def tick(index: int) -> None:
+            await asyncio.sleep(0)  # let the client read: each delta is a burst of its own
+            bench.clock.advance(1)
+
+        bench.backend.gate = tick
+        answer = await bench.gateway.complete(ask("one two three"))
+        assert isinstance(answer, Live)
+        async for _ in answer:
+            pass
+        answered = bench.of(Answered)[0]
+        assert isinstance(answered, Answered)
+        assert answered.first_s == 2  # Begin, then the first word
+        assert answered.gaps_s == (1, 1)
+        assert answered.elapsed_s == 6  # the third word, Finish, End: the client was told of End at once
+        assert answered.usage.output_tokens == 3
+        await bench.settled()
+
+    run(body)
