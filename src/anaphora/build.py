@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from anaphora.backends.base import Backend
 from anaphora.catalogue import Catalogue
@@ -22,22 +22,30 @@ from anaphora.types import Key
 
 if TYPE_CHECKING:
     from anaphora.backends.engine import EngineOptions
+    from anaphora.backends.engine_ipc import Status
 
 Say = Callable[[str], None]
+OnStatus: TypeAlias = "Callable[[Status], None]"
 ANSWER_POLICY = "lru"
 """What leaves the answer cache's memory first."""
 
 
 def build(
-    config: Config, *, clock: Clock | None = None, emit: Emit = ignore, say: Say | None = None, engine: str | None = None
+    config: Config,
+    *,
+    clock: Clock | None = None,
+    emit: Emit = ignore,
+    say: Say | None = None,
+    on_status: OnStatus | None = None,
+    engine: str | None = None,
 ) -> Gateway:
     """A gateway that is not started yet. Raises ConfigError.
 
-    `say` is told in words what a loading engine is at. `engine` is the address of an engine process that already runs (one
-    serves all gateway workers of a machine); without it the gateway starts its own.
+    `on_status` is told what a loading engine is at, `say` what became of its process. `engine` is the address of an engine
+    process that already runs (one serves all gateway workers of a machine); without it the gateway starts its own.
     """
     clock = clock or SystemClock()
-    backend = _backend(config, say or _silent, engine)
+    backend = _backend(config, say, on_status, engine)
     catalogue = Catalogue(backend, config.engine.aliases)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
@@ -65,7 +73,7 @@ def engine_options(config: Config) -> EngineOptions:
     return EngineOptions(**shared, models_dir=str(_folder(config.cache) / "models"))
 
 
-def _backend(config: Config, say: Say, address: str | None) -> Backend:
+def _backend(config: Config, say: Say | None, on_status: OnStatus | None, address: str | None) -> Backend:
     kind = BACKENDS.load(config.engine.kind)
     if config.engine.kind == "echo":
         from anaphora.backends.echo import Options
@@ -73,10 +81,6 @@ def _backend(config: Config, say: Say, address: str | None) -> Backend:
         return cast(Backend, kind(Options(model=config.engine.served_name or "echo")))
     if config.engine.kind == "transformers":
         from anaphora.backends.engine import EngineClient
-        from anaphora.backends.engine_ipc import Status
-
-        def on_status(status: Status) -> None:
-            say(status.refused or status.stage)
 
         if address is not None:
             return EngineClient(address, on_status=on_status)
@@ -106,7 +110,3 @@ def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
 
 def _folder(config: CacheConfig) -> Path:
     return Path(config.dir).expanduser()
-
-
-def _silent(text: str) -> None:
-    pass

@@ -85,6 +85,8 @@ class OwnServer:
                 if text.startswith(_LISTENING):
                     self.url = text.removeprefix(_LISTENING).split()[0]
                     self._listening.set()
+                elif text.startswith("ready:"):
+                    self._ready = True
                 elif line.startswith(_PREFIX) and self.url and not self._ready:
                     self._on_stage(text)
         self._listening.set()  # or never will be

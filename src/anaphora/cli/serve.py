@@ -44,5 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
     from anaphora.server.run import serve
 
-    serve(loaded.config)
+    if not sys.stderr.isatty():
+        serve(loaded.config)
+        return 0
+
+    from anaphora.cli.terminal import Terminal
+
+    with Terminal() as terminal:
+        serve(loaded.config, terminal)
     return 0

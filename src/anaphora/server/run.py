@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
+from anaphora.backends.engine_ipc import Status
 from anaphora.build import build, engine_options
 from anaphora.clock import SystemClock
 from anaphora.config import Config, api_keys
@@ -28,6 +29,7 @@ from anaphora.server.app import App
 from anaphora.server.auth import Keyring, check_bind
 from anaphora.server.endpoint import Api
 from anaphora.server.metrics import Metrics
+from anaphora.server.voice import Announcer, Lines, Voice
 
 DRAIN_S = 30
 BACKLOG = 2048
@@ -46,18 +48,19 @@ class Job(msgspec.Struct, frozen=True):
     """Address of the engine process; None where the backend needs none."""
 
 
-def serve(config: Config) -> None:
+def serve(config: Config, voice: Voice | None = None) -> None:
     """Listen and answer until a signal comes. Raises ConfigError for settings it cannot start with."""
+    voice = voice or Lines()
     logging.basicConfig(level=logging.INFO, format="anaphora: %(levelname)s: %(message)s")
     keys = api_keys(config)
     check_bind(config.server.host, keys)
     listener = listen(config.server.host, config.server.port)
-    _say(f"listening on http://{_shown(listener)}")
+    voice.say(f"listening on {_url(listener)}")
     if config.server.workers == 1:
-        run(answer(config, keys, listener, None, say=_say))
+        run(answer(config, keys, listener, None, voice=voice))
         return
     job = Job(config, {key: str(tenant) for key, tenant in keys.items()}, listener.fileno(), None)
-    run(_supervise(job, listener))
+    run(_supervise(job, listener, voice))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -77,7 +80,7 @@ async def answer(
     listener: socket.socket,
     engine: str | None,
     *,
-    say: Callable[[str], None],
+    voice: Voice,
     orphaned: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """Serve on `listener` until a signal comes, or until `orphaned` returns."""
@@ -87,7 +90,9 @@ async def answer(
         metrics.record(event)
         ledger.record(event)
 
-    gateway = build(config, clock=clock, emit=emit, say=say, engine=engine)
+    announcer = Announcer(voice, _url(listener), with_keys=bool(keys))
+    gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=announcer.on_status, engine=engine)
+    announcer.watch(gateway)
     app = App(Api(gateway, Keyring(keys), metrics, ledger, clock, config.server.max_body))
     settings = uvicorn.Config(
         app,
@@ -107,11 +112,14 @@ async def answer(
     watch = asyncio.create_task(_stop_when(orphaned, server)) if orphaned is not None else None
     try:
         await gateway.start()
+        if gateway.ready():  # a backend that need not load tells no status
+            announcer.on_status(Status("ready", ready=True))
         gc.freeze()  # what is loaded stays: full collections need not walk it
         await server.serve(sockets=[listener])
     finally:
         if watch is not None:
             watch.cancel()
+        announcer.close()
         await gateway.aclose()
 
 
@@ -123,20 +131,27 @@ async def _stop_when(orphaned: Callable[[], Coroutine[Any, Any, None]], server: 
 # -- several workers -----------------------------------------------------------------------------------------------------
 
 
-async def _supervise(job: Job, listener: socket.socket) -> None:
+async def _supervise(job: Job, listener: socket.socket, voice: Voice) -> None:
     """Keep the workers alive until a signal comes. The engine, if there is one, belongs to this process."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    supervisor = None
+    announcer = Announcer(voice, _url(listener), with_keys=bool(job.keys))
+    supervisor = client = None
     if job.config.engine.kind == "transformers":
-        from anaphora.backends.engine import EngineSupervisor
+        from anaphora.backends.engine import EngineClient, EngineSupervisor
 
-        supervisor = EngineSupervisor(engine_options(job.config), on_log=_say)
+        supervisor = EngineSupervisor(engine_options(job.config), on_log=voice.say)
         await supervisor.start()
         job = msgspec.structs.replace(job, engine=supervisor.address)
-    keepers = [asyncio.create_task(_keep(job, number), name=f"worker-{number}") for number in range(job.config.server.workers)]
+        # This process asks the engine for nothing but how it is.
+        client = EngineClient(supervisor.address, on_status=announcer.on_status)
+        announcer.watch(client)
+        await client.start()
+    keepers = [
+        asyncio.create_task(_keep(job, number, voice), name=f"worker-{number}") for number in range(job.config.server.workers)
+    ]
     try:
         await stop.wait()
     finally:
@@ -144,11 +159,14 @@ async def _supervise(job: Job, listener: socket.socket) -> None:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
         listener.close()
+        announcer.close()
+        if client is not None:
+            await client.aclose()
         if supervisor is not None:
             await supervisor.aclose()
 
 
-async def _keep(job: Job, number: int) -> None:
+async def _keep(job: Job, number: int, voice: Voice) -> None:
     """Run one worker, and another when it dies. Cancelled: let it drain."""
     loop = asyncio.get_running_loop()
     while True:
@@ -165,7 +183,7 @@ async def _keep(job: Job, number: int) -> None:
                 worker.terminate()
             await worker.wait()
             raise
-        _say(f"worker {number} ended with status {status}; starting another")
+        voice.say(f"worker {number} ended with status {status}; starting another")
         if loop.time() - started_s < _YOUNG_S:
             await asyncio.sleep(1.0)
 
@@ -184,10 +202,6 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def _shown(listener: socket.socket) -> str:
+def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _say(text: str) -> None:
-    print(f"anaphora: {text}", file=sys.stderr, flush=True)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -10,13 +10,14 @@ import sys
 import msgspec
 
 from anaphora.server.run import Job, answer, run
+from anaphora.server.voice import Silent
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="anaphora: %(levelname)s: %(message)s")
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     listener = socket.socket(fileno=job.socket)
-    run(answer(job.config, job.keys, listener, job.engine, say=_silent, orphaned=_end_of_input))
+    run(answer(job.config, job.keys, listener, job.engine, voice=Silent(), orphaned=_end_of_input))
 
 
 async def _end_of_input() -> None:
@@ -24,10 +25,6 @@ async def _end_of_input() -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     await reader.read()
-
-
-def _silent(text: str) -> None:
-    """The engine's progress is told once, by the process that owns it."""
 
 
 if __name__ == "__main__":
