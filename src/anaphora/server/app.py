@@ -16,7 +16,7 @@ from starlette.types import Scope as Connection
 
 from anaphora.errors import MethodNotAllowed, NotFound, ServiceError
 from anaphora.server import routes
-from anaphora.server.endpoint import ANTHROPIC, OPENAI, Api, Endpoint, dialect_of
+from anaphora.server.endpoint import ANTHROPIC, OPENAI, Api, dialect_of
 from anaphora.wire.base import new_ids
 from anaphora.wire.openai_completions import OpenAICompletions
 from anaphora.wire.openai_responses import OpenAIResponses
@@ -27,7 +27,7 @@ class App:
 
     def __init__(self, api: Api) -> None:
         self.api = api
-        self._hot: dict[str, Endpoint] = {
+        self._hot: dict[str, routes.Answers] = {
             "/v1/chat/completions": routes.Answers(api, OPENAI),
             "/v1/completions": routes.Answers(api, OpenAICompletions()),
             "/v1/responses": routes.Answers(api, OpenAIResponses()),
@@ -44,7 +44,7 @@ class App:
                 Route("/ready", routes.Ready(api), methods=["GET"]),
                 Route("/metrics", routes.MetricsPage(api), methods=["GET"]),
                 Route("/anaphora/stats", routes.Stats(api), methods=["GET"]),
-                Route("/anaphora/forget", routes.Forget(api), methods=["POST"]),
+                Route("/anaphora/forget", routes.Forget(api, self._hot.values()), methods=["POST"]),
             ],
             exception_handlers={HTTPException: self._refuse},
         )

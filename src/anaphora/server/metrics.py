@@ -6,19 +6,12 @@ the answer cache is under `anaphora:`. One registry per server, none global.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from anaphora.events import Answered, Computed, Damaged, Dropped, Event, Evicted, Failed, Miss, Refused, Stored
@@ -52,130 +45,149 @@ _COUNTERS = {
 }
 
 
-class _BackendStats:
-    """The backend's own counters and gauges, under vLLM's names where it has one."""
+class _Counter:
+    """Sums by label values. A float in a dict: the package's own counters lock, and cost a hit more than its lookup."""
 
-    def __init__(self, model: str, stats: Mapping[str, Any]) -> None:
-        self.model = model
-        self.stats = stats
+    def __init__(self, name: str, text: str, labels: tuple[str, ...]) -> None:
+        self._described = (name, text)
+        self._labels = labels
+        self._sums: dict[tuple[str, ...], float] = {}
 
-    def collect(self) -> Iterable[Metric]:
-        labels = ("model_name", "engine")
-        values = (self.model, ENGINE)
-        rest = {name: value for name, value in self.stats.items() if isinstance(value, int | float)}
-        for name, text in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=labels)
-            gauge.add_metric(values, float(rest.pop(name, 0)))
-            yield gauge
-        for name, text in _COUNTERS.items():
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
-            counter.add_metric(values, float(rest.pop(name, 0)))
-            yield counter
-        for name, value in rest.items():
-            gauge = GaugeMetricFamily(f"anaphora:backend_{name}", "A figure of the backend.", labels=labels)
-            gauge.add_metric(values, float(value))
-            yield gauge
+    def add(self, amount: float, *values: str) -> None:
+        self._sums[values] = self._sums.get(values, 0.0) + amount
+
+    def collect(self) -> Metric:
+        family = CounterMetricFamily(*self._described, labels=self._labels)
+        for values, total in self._sums.items():
+            family.add_metric(values, total)
+        return family
 
 
-class _OfModel:
-    """The children of one model's labels, looked up once: a request should not pay for label hashing."""
+class _Histogram:
+    """Counts by bucket and label values."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        labels = (model, ENGINE)
-        self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
-        self.generation_tokens = metrics.generation_tokens.labels(*labels)
-        self.prompt_tokens_cached = metrics.prompt_tokens_cached.labels(*labels)
-        self.first = metrics.first.labels(*labels)
-        self.gap = metrics.gap.labels(*labels)
-        self.whole = metrics.whole.labels(*labels)
-        self.success = {reason: metrics.success.labels(*labels, reason) for reason in ("stop", "length", "abort")}
-        self.requests = {
-            (source, outcome): metrics.requests.labels(model, source, outcome)
-            for source in ("hit", "miss", "collapsed", "bypass")
-            for outcome in ("finished", "failed", "left")
-        }
-        self.saved = metrics.saved.labels(model)
-        self.saved_prompt_tokens = metrics.saved_prompt_tokens.labels(model)
-        self.saved_generation_tokens = metrics.saved_generation_tokens.labels(model)
+    def __init__(self, name: str, text: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> None:
+        self._described = (name, text)
+        self._labels = labels
+        self._bounds = bounds
+        self._counts: dict[tuple[str, ...], list[int]] = {}
+        self._sums: dict[tuple[str, ...], float] = {}
+
+    def observe(self, value: float, *values: str) -> None:
+        counts = self._counts.get(values)
+        if counts is None:
+            counts = self._counts[values] = [0] * (len(self._bounds) + 1)
+            self._sums[values] = 0.0
+        counts[bisect_left(self._bounds, value)] += 1
+        self._sums[values] += value
+
+    def collect(self) -> Metric:
+        family = HistogramMetricFamily(*self._described, labels=self._labels)
+        names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        for values, counts in self._counts.items():
+            so_far, buckets = 0, []
+            for name, count in zip(names, counts, strict=True):
+                so_far += count
+                buckets.append((name, float(so_far)))
+            family.add_metric(values, buckets, self._sums[values])
+        return family
 
 
 class Metrics:
     """Counts events; `render` is what `/metrics` answers."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # else every counter has a second series that nobody reads
-        self.registry = CollectorRegistry(auto_describe=True)
         engine = ("model_name", "engine")
+        self.prompt_tokens = _Counter("vllm:prompt_tokens", "Prompt tokens of computed answers.", engine)
+        self.generation_tokens = _Counter("vllm:generation_tokens", "Generated tokens.", engine)
+        self.prompt_tokens_cached = _Counter("vllm:prompt_tokens_cached", "Prompt tokens whose KV was reused.", engine)
+        self.success = _Counter("vllm:request_success", "Answers given whole.", (*engine, "finished_reason"))
+        self.first = _Histogram("vllm:time_to_first_token_seconds", "Request to first token.", engine, _FIRST_BUCKETS)
+        self.gap = _Histogram("vllm:inter_token_latency_seconds", "Token to token.", engine, _GAP_BUCKETS)
+        self.whole = _Histogram("vllm:e2e_request_latency_seconds", "Request to last token.", engine, _WHOLE_BUCKETS)
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(name, text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, engine, buckets=buckets, registry=self.registry)
-
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of computed answers.", engine)
-        self.generation_tokens = counter("vllm:generation_tokens", "Generated tokens.", engine)
-        self.prompt_tokens_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens whose KV was reused.", engine)
-        self.success = counter("vllm:request_success", "Answers given whole.", (*engine, "finished_reason"))
-        self.first = histogram("vllm:time_to_first_token_seconds", "Request to first token.", _FIRST_BUCKETS)
-        self.gap = histogram("vllm:inter_token_latency_seconds", "Token to token.", _GAP_BUCKETS)
-        self.whole = histogram("vllm:e2e_request_latency_seconds", "Request to last token.", _WHOLE_BUCKETS)
-
-        self.requests = counter("anaphora:requests", "Requests by where the answer came from.", ("model", "source", "outcome"))
-        self.saved = counter("anaphora:saved_compute_seconds", "What hits and shared computations would have cost.", ("model",))
-        self.saved_prompt_tokens = counter("anaphora:saved_prompt_tokens", "Prompt tokens of answers not computed.", ("model",))
-        self.saved_generation_tokens = counter("anaphora:saved_generation_tokens", "Tokens not generated.", ("model",))
-        self.misses = counter("anaphora:cache_misses", "Lookups that gave nothing.", ("level", "reason"))
-        self.stored = counter("anaphora:cache_stored", "Answers learned.", ("level",))
-        self.refused = counter("anaphora:cache_refused", "Answers not learned.", ("level", "reason"))
-        self.evicted = counter("anaphora:cache_evicted", "Entries that made room.", ("tier",))
-        self.lost = counter("anaphora:cache_lost", "Entries found damaged, or never written.", ("tier", "why"))
-        self.failed = counter("anaphora:cache_failures", "Operations that a tier could not do.", ("tier", "operation"))
-        self.of_model = lru_cache(maxsize=64)(lambda model: _OfModel(self, model))
+        origin = ("model", "source", "outcome")
+        self.requests = _Counter("anaphora:requests", "Requests by where the answer came from.", origin)
+        self.saved_s = _Counter("anaphora:saved_compute_seconds", "What answers not computed would have cost.", ("model",))
+        self.saved_prompt_tokens = _Counter(
+            "anaphora:saved_prompt_tokens", "Prompt tokens of answers not computed.", ("model",)
+        )
+        self.saved_generation_tokens = _Counter("anaphora:saved_generation_tokens", "Tokens not generated.", ("model",))
+        self.misses = _Counter("anaphora:cache_misses", "Lookups that gave nothing.", ("level", "reason"))
+        self.stored = _Counter("anaphora:cache_stored", "Answers learned.", ("level",))
+        self.refused = _Counter("anaphora:cache_refused", "Answers not learned.", ("level", "reason"))
+        self.evicted = _Counter("anaphora:cache_evicted", "Entries that made room.", ("tier",))
+        self.lost = _Counter("anaphora:cache_lost", "Entries found damaged, or never written.", ("tier", "why"))
+        self.failed = _Counter("anaphora:cache_failures", "Operations that a tier could not do.", ("tier", "operation"))
 
     def record(self, event: Event) -> None:
         match event:
             case Answered():
                 self._answered(event)
             case Computed():
-                model = self.of_model(event.model)
-                model.prompt_tokens.inc(event.usage.prompt_tokens)
-                model.generation_tokens.inc(event.usage.output_tokens)
-                model.prompt_tokens_cached.inc(event.usage.kv_reused_tokens)
+                self.prompt_tokens.add(event.usage.prompt_tokens, event.model, ENGINE)
+                self.generation_tokens.add(event.usage.output_tokens, event.model, ENGINE)
+                self.prompt_tokens_cached.add(event.usage.kv_reused_tokens, event.model, ENGINE)
             case Miss():
-                self.misses.labels(event.level, event.reason.value).inc()
+                self.misses.add(1, event.level, event.reason.value)
             case Stored():
-                self.stored.labels(event.level).inc()
+                self.stored.add(1, event.level)
             case Refused():
-                self.refused.labels(event.level, event.reason.value).inc()
+                self.refused.add(1, event.level, event.reason.value)
             case Evicted():
-                self.evicted.labels(event.tier).inc(event.num_entries)
+                self.evicted.add(event.num_entries, event.tier)
             case Damaged():
-                self.lost.labels(event.tier, "damaged").inc(event.num_entries)
+                self.lost.add(event.num_entries, event.tier, "damaged")
             case Dropped():
-                self.lost.labels(event.tier, "dropped").inc(event.num_entries)
+                self.lost.add(event.num_entries, event.tier, "dropped")
             case Failed():
-                self.failed.labels(event.tier, event.operation).inc()
+                self.failed.add(1, event.tier, event.operation)
 
     def _answered(self, event: Answered) -> None:
-        model = self.of_model(event.model)
-        model.requests[event.source, event.outcome].inc()
+        model = event.model
+        self.requests.add(1, model, event.source, event.outcome)
         if event.first_s is not None:
-            model.first.observe(event.first_s)
+            self.first.observe(event.first_s, model, ENGINE)
         for gap_s in event.gaps_s:
-            model.gap.observe(gap_s)
+            self.gap.observe(gap_s, model, ENGINE)
         if event.outcome != "finished":
             return
-        model.whole.observe(event.elapsed_s)
-        model.success[_FINISHED[event.reasons[0]] if event.reasons else "stop"].inc()
-        if event.saved_s:
-            model.saved.inc(event.saved_s)
+        self.whole.observe(event.elapsed_s, model, ENGINE)
+        self.success.add(1, model, ENGINE, _FINISHED[event.reasons[0]])
         if event.source in ("hit", "collapsed"):
-            model.saved_prompt_tokens.inc(event.usage.prompt_tokens)
-            model.saved_generation_tokens.inc(event.usage.output_tokens)
+            self.saved_s.add(event.saved_s, model)
+            self.saved_prompt_tokens.add(event.usage.prompt_tokens, model)
+            self.saved_generation_tokens.add(event.usage.output_tokens, model)
 
     def render(self, backend_stats: Mapping[str, Any], model: str) -> bytes:
         """The text format; `backend_stats` as `Backend.stats` gives them, `model` the label of what they are about."""
-        backend = CollectorRegistry()
-        backend.register(_BackendStats(model, backend_stats))
-        return generate_latest(self.registry) + generate_latest(backend)
+        registry = CollectorRegistry()
+        registry.register(_Page([*(metric.collect() for metric in vars(self).values()), *_of_backend(model, backend_stats)]))
+        return generate_latest(registry)
+
+
+class _Page:
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
+
+
+def _of_backend(model: str, stats: Mapping[str, Any]) -> Iterator[Metric]:
+    """The backend's own counters and gauges, under vLLM's names where it has one."""
+    labels = ("model_name", "engine")
+    values = (model, ENGINE)
+    rest = {name: value for name, value in stats.items() if isinstance(value, int | float)}
+    for name, text in _GAUGES.items():
+        gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=labels)
+        gauge.add_metric(values, float(rest.pop(name, 0)))
+        yield gauge
+    for name, text in _COUNTERS.items():
+        counter = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
+        counter.add_metric(values, float(rest.pop(name, 0)))
+        yield counter
+    for name, value in rest.items():
+        gauge = GaugeMetricFamily(f"anaphora:backend_{name}", "A figure of the backend.", labels=labels)
+        gauge.add_metric(values, float(value))
+        yield gauge

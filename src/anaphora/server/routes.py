@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
@@ -16,7 +17,7 @@ from anaphora.server import headers
 from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, Sender, id_header
 from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import CONTENT_TYPE
-from anaphora.types import Begin, Delta, End, Scope
+from anaphora.types import Begin, Delta, End, Scope, Tenant
 from anaphora.wire import sse
 from anaphora.wire.base import Dialect, Parsed, StreamWriter
 from anaphora.wire.openai_common import render_model, render_models
@@ -24,6 +25,11 @@ from anaphora.wire.openai_common import render_model, render_models
 log = logging.getLogger(__name__)
 
 _EVENTS = [(b"content-type", sse.CONTENT_TYPE.encode() + b"; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+_SHORT_BODY = 32 << 10
+_NUM_PARSED = 256
+"""Bodies of at most `_SHORT_BODY` bytes of which the parsed form is kept, for each dialect."""
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -36,12 +42,24 @@ class Answers(Endpoint):
         super().__init__(api)
         self._dialect = dialect
 
+        # The same bytes of the same tenant mean the same, and what they mean is never changed: parsing is pure, its result
+        # frozen. Found by comparing the bytes themselves, not a digest of them.
+        self._parse_again = lru_cache(maxsize=_NUM_PARSED)(self._parse)
+
     def dialect(self, path: str, head: Mapping[bytes, bytes]) -> Dialect:
         return self._dialect
 
+    def forget(self) -> None:
+        """Keep no body of anybody."""
+        self._parse_again.cache_clear()
+
+    def _parse(self, body: bytes, tenant: Tenant, version: str | None) -> Parsed:
+        return self._dialect.parse(body, tenant=tenant, version=version)
+
     async def answer(self, call: Call) -> None:
         body = await call.body()
-        parsed = self._dialect.parse(body, tenant=call.tenant, version=call.version)
+        parse = self._parse_again if len(body) <= _SHORT_BODY else self._parse
+        parsed = parse(body, call.tenant, call.version)
         control = headers.cache_control(call.head.get(b"cache-control"))
         answer = await self.api.gateway.complete(parsed.request, control)
         if isinstance(answer, Recalled):
@@ -229,11 +247,17 @@ class _WhatToForget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Forget(Endpoint):
     """`POST /anaphora/forget` with `{"model"?, "tag"?}`: forgets what the caller's tenant has, in every level and tier."""
 
+    def __init__(self, api: Api, answers: Iterable[Answers]) -> None:
+        super().__init__(api)
+        self._answers = tuple(answers)
+
     async def answer(self, call: Call) -> None:
         body = await call.body()
         try:
             what = msgspec.json.decode(body or b"{}", type=_WhatToForget)
         except msgspec.MsgspecError as error:
             raise InvalidRequest(f"The body is wrong: {error}.") from error
+        for answers in self._answers:
+            answers.forget()
         receipt = await self.api.gateway.forget(Scope(tenant=call.tenant, tag=what.tag, model=what.model))
         await call.json(msgspec.json.encode(receipt))
