@@ -138,8 +138,9 @@ def _child_environment(options: EngineOptions) -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": threads,
-        # Idle compute threads sleep instead of spinning: the gateway shares these cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # Idle compute threads spin for some tens of microseconds, the gap between two layers, and then sleep: the gateway
+        # shares these cores. libgomp's default would let them spin for milliseconds.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "2000"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),

@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("bench prefix needs the engine: pip install 'anaphora[local]', or make setup")
     given = vars(args)
     loaded = load(args.config, {setting: given[setting] for setting, *_ in FLAGS if given[setting] is not None})
-    # Compute threads sleep between layers, as in the engine process; must be set before torch starts.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the engine process has it; must be set before torch starts
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     from anaphora.backends import engine_bench
