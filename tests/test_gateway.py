@@ -97,6 +97,21 @@ class Gate:
             await self.open.wait()
 
 
+def test_a_hit_names_the_same_key_as_the_miss_before_wherever_the_answer_lies() -> None:
+    async def body() -> None:
+        bench = Bench()
+        await bench.gateway.start()
+        cut = ask(max_tokens=2)  # an answer that its limit cut is kept under a key of its own
+        first = await bench.gateway.complete(cut)
+        await whole(first)
+        await bench.settled()
+        second = await bench.gateway.complete(cut)
+        assert isinstance(second, Recalled)
+        assert second.key == first.key
+
+    run(body)
+
+
 def test_a_second_identical_request_is_a_hit_and_computes_nothing() -> None:
     async def body() -> None:
         bench = Bench()

@@ -16,6 +16,7 @@ from anaphora.types import (
     End,
     Finish,
     FinishReason,
+    Key,
     Request,
     TextDelta,
     ThinkingDelta,
@@ -33,10 +34,10 @@ class Recalled:
     __slots__ = ("age_s", "completion", "key", "saved_s", "ttl_s")
     source: Source = "hit"
 
-    def __init__(self, hit: Hit[Completion]) -> None:
+    def __init__(self, hit: Hit[Completion], key: Key) -> None:
         self.completion = hit.value
-        self.key = hit.key[:8].hex()
-        """Start of the entry's key in hex."""
+        self.key = key[:8].hex()
+        """Start of the question's key in hex. (The entry's own may be derived from it.)"""
         self.age_s = hit.age_s
         self.ttl_s = hit.ttl_s
         self.saved_s = hit.cost_s

@@ -74,7 +74,7 @@ class Gateway:
 
         recalled = await self._recall(request, control)
         if recalled.hit is not None:
-            answer = Recalled(recalled.hit)
+            answer = Recalled(recalled.hit, recalled.key or recalled.hit.key)
             self._emit(answer.answered(request, self._clock.monotonic_s() - started_s))
             return answer
         if control.only_if_cached:

@@ -40,7 +40,8 @@ def test_no_header_breaks_the_parser(value: bytes) -> None:
 
 def recalled(ttl_s: float | None) -> Recalled:
     completion = Completion("m", (), Usage())
-    return Recalled(Hit("exact", Key(b"\xab" * 32), completion, age_s=12.9, ttl_s=ttl_s, cost_s=0.25))
+    hit = Hit("exact", Key(b"\xcd" * 32), completion, age_s=12.9, ttl_s=ttl_s, cost_s=0.25)
+    return Recalled(hit, Key(b"\xab" * 32))
 
 
 def test_a_hit_says_its_age_what_is_left_and_what_it_saved() -> None:
