@@ -288,7 +288,7 @@ class Walkthrough:
             if number and step.source == "answer on disk":
                 table.add_row("(restart)")
             reused = "all" if step.turn.hit else f"{step.turn.reused_tokens:,}"
-            time = _milliseconds(step.first_token_s)
+            time = _duration(step.first_token_s)
             source = step.source if not step.broken else "NOT AS PROMISED"
             table.add_row(step.name, step.format, time, reused, f"{step.turn.prompt_tokens:,}", source)
         self._console.out("")
@@ -336,15 +336,17 @@ def _broken(turn: Turn, at_least: int, faster_than: Step | None, same_as: Step |
 
 def _facts(step: Step) -> str:
     turn = step.turn
-    first = f"first token after {_milliseconds(step.first_token_s)}"
+    first = f"first token after {_duration(step.first_token_s)}"
     if turn.hit:
         return f"{first} · nothing computed · cache-status: {turn.cache_status}"
     reused = f"{turn.reused_tokens:,} of {turn.prompt_tokens:,} prompt tokens reused"
     return f"{first} · {reused} · {turn.output_tokens} tokens in {turn.total_s:.1f} s"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1000:,.1f} ms"
+def _duration(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:,.1f} s"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
 
 
 def _user(text: str) -> dict[str, str]:
