@@ -93,6 +93,7 @@ class Job:
         tenant: Tenant,
         max_tokens: int,
         num_choices: int,
+        eos_ids: frozenset[int],
         prompt_tokens: int,
         generations: list[Generation],
         preface: list[Delta],
@@ -104,6 +105,7 @@ class Job:
         self.model = model
         self.tenant = tenant
         self.max_tokens = max_tokens
+        self.eos_ids = eos_ids
         self.num_choices = num_choices
         """Choices per prompt."""
         self.prompt_tokens = prompt_tokens
@@ -201,11 +203,12 @@ class Scheduler:
             self.cancel(job.id)
 
     def step(self) -> bool:
-        """Run one forward pass. False where there was nothing to run."""
+        """Run one forward pass. False where there is nothing left to do."""
         self._admit()
         batch = self._pack()
         if not batch:
-            return False
+            # The only one running may just have given up its extent, to come back where there is more room.
+            return bool(self._waiting)
         started_s = self._clock.monotonic_s()
         tokens: list[int] = []
         positions: list[int] = []
@@ -378,7 +381,7 @@ class Scheduler:
             sequence.tokens.append(token)
             job.output_tokens += 1
             self.counters.generation_tokens += 1
-            if token in self._model.eos_ids:
+            if token in job.eos_ids:
                 self._finish(job, sequence, "end_turn", [])
                 continue
             deltas = list(sequence.output.push(result))
