@@ -8,10 +8,10 @@ from anaphora.cli.waiting import Waiting
 
 
 class Terminal:
-    """A `server.voice.Voice` on standard error."""
+    """A `server.voice.Voice`, by default on standard error."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, markup=False)
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
         self._waiting: Waiting | None = None
 
     def __enter__(self) -> Terminal:
@@ -21,7 +21,7 @@ class Terminal:
         self._stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def stage(self, text: str) -> None:
         if self._waiting is None:

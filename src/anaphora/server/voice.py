@@ -71,14 +71,16 @@ class Announcer:
         self._with_keys = with_keys
         self._source: Source | None = None
         self._asking: asyncio.Task[None] | None = None
+        self._last: Status | None = None
 
     def watch(self, source: Source) -> None:
         """Ask `source` for the figures, once it is ready."""
         self._source = source
 
     def on_status(self, status: Status) -> None:
-        if self._source is None:
+        if self._source is None or status == self._last:
             return
+        self._last = status
         if status.ready:
             self._asking = asyncio.create_task(self._tell_ready(self._source))
         elif status.refused is not None:
