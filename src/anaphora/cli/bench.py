@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from anaphora import __version__
-from anaphora.build import engine_options
 from anaphora.cli.parsing import Commands, add_command, add_config_flag, add_json_flag
 from anaphora.config import load
 from anaphora.errors import ConfigError
@@ -35,10 +34,10 @@ EXAMPLES = """\
 
 
 def register(commands: Commands) -> None:
-    bench = commands.add_parser("bench", help="measure this machine")
+    bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
     bench.set_defaults(run=None, usage=bench)
     parser = add_command(
-        bench.add_subparsers(title="benchmarks", metavar="BENCHMARK"),
+        bench.add_subparsers(title="benchmarks", metavar="COMMAND"),
         "prefix",
         run,
         summary="measure prefix reuse, decoding and batching against transformers, and cached answers over HTTP",
@@ -66,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     from anaphora.backends import engine_bench
+    from anaphora.build import engine_options
 
     with _progress() as progress:
         options = engine_bench.BenchOptions(engine_options(loaded.config), context=args.context, rounds=args.rounds)
