@@ -7,7 +7,8 @@ Mutants of `flight.py` that this machine kills (tried by hand, one at a time):
 - `unsubscribe` does not forget: who asks next joins a dying flight
 - `_landed` does not forget: a landed flight is joined for ever
 - a failure is not kept as `error`: subscribers see a cut answer as a whole one
-- `landed` is awaited for an answer that was cut before its End
+- an answer that was cut before its End is no error
+- a burst moves its reader on by one delta only
 """
 
 from __future__ import annotations
@@ -100,34 +101,36 @@ class Sky(RuleBasedStateMachine):
 
     @rule()
     def join(self) -> None:
+        async def join() -> None:
+            self.join_now()
+
+        self.loop.run_until_complete(join())
+
+    def join_now(self) -> None:
         expected = self.joinable
         computation = expected or Computation()
-
-        async def join() -> Subscription:
-            return self.flights.join("key", computation.run, computation.landed)
-
-        subscription = self.loop.run_until_complete(join())
+        subscription = self.flights.join("key", computation.run, computation.landed)
         assert subscription.collapsed == (expected is not None)
         if expected is None:
             self.computations.append(computation)
         self.clients.append(Client(subscription, computation))
 
     @precondition(lambda self: any(not client.left for client in self.clients))
-    @rule(data=st.data(), settled=st.booleans())
-    def leave(self, data: st.DataObject, settled: bool) -> None:
+    @rule(data=st.data(), then_join=st.booleans())
+    def leave(self, data: st.DataObject, then_join: bool) -> None:
         client = data.draw(st.sampled_from([client for client in self.clients if not client.left]))
         client.left = True
-
-        async def leave() -> None:
-            client.subscription.leave()
-
-        self.loop.run_until_complete(leave())
         computation = client.computation
         waiting = [other for other in self.clients if other.computation is computation and not (other.left or other.over)]
         if not computation.end and not waiting and not client.over:
             computation.end = "abandoned"
-        if settled:
-            self.settle()
+
+        async def leave() -> None:
+            client.subscription.leave()
+            if then_join:  # before the loop has run: what was cancelled is still unwinding
+                self.join_now()
+
+        self.loop.run_until_complete(leave())
 
     @precondition(lambda self: self.computations and not self.computations[-1].end)
     @rule(word=st.sampled_from(["say", "say", "say", "say", "fail", "cut"]))
@@ -140,6 +143,12 @@ class Sky(RuleBasedStateMachine):
         else:
             computation.end = "failed" if word == "fail" else "cut"
         self.settle()
+
+    @precondition(lambda self: self.computations and not self.computations[-1].end)
+    @rule()
+    def speak_to_the_end(self) -> None:
+        while not self.computations[-1].end:
+            self.speak("say")
 
     @precondition(lambda self: any(c.end == "whole" and not c.learned for c in self.computations))
     @rule()
