@@ -38,6 +38,8 @@ from anaphora.errors import BackendFailed, ConfigError, EngineDied, InvalidReque
 from anaphora.types import Delta, End, ModelInfo, Request, Scope
 
 GiB = 1024**3
+_LONGEST_ADDRESS = 103
+"""Bytes of a Unix socket's path: 108 on Linux, 104 on macOS, with a zero at the end."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +71,9 @@ class EngineSupervisor:
     def __init__(self, options: EngineOptions, *, on_log: Callable[[str], None] | None = None) -> None:
         self._options = options
         self._folder = Path(tempfile.mkdtemp(prefix="anaphora-engine-"))
+        if len(os.fsencode(self.address)) > _LONGEST_ADDRESS:
+            shutil.rmtree(self._folder)
+            raise ConfigError(f"the path of the engine's socket is too long, {self.address}: set TMPDIR to a shorter one")
         self._on_log = on_log
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
@@ -92,7 +97,8 @@ class EngineSupervisor:
                 await self._task
         process = self._process
         if process is not None and process.returncode is None:
-            process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()
             try:
                 await asyncio.wait_for(process.wait(), timeout=5.0)
             except TimeoutError:

@@ -152,8 +152,10 @@ class SocketServer:
 
 def main(address: str, settings: str) -> None:
     options = msgspec.json.decode(settings, type=EngineOptions)
-    # Ctrl-C in a terminal reaches this process too. The gateway decides: it may still let answers finish.
+    # Ctrl-C in a terminal, or a service manager that stops a whole group, reaches this process too. The gateway decides: it
+    # lets answers finish, and then closes our standard input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     os.nice(options.niceness)
     inbox: Inbox = queue.SimpleQueue()
@@ -162,7 +164,6 @@ def main(address: str, settings: str) -> None:
     try:
         core = _load(options, lambda stage: server.announce(Status(stage)))
     except ConfigError as error:
-        print(f"anaphora engine: {error}", file=sys.stderr, flush=True)
         server.announce(Status("refused", refused=str(error)))
         threading.Event().wait()  # restarting would not help: stay, and tell whoever asks, until the supervisor goes
         return

@@ -83,7 +83,8 @@ async def answer(
     voice: Voice,
     orphaned: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
-    """Serve on `listener` until a signal comes, or until `orphaned` returns."""
+    """Serve on `listener` until a signal comes, or until `orphaned` returns. ConfigError where the gateway's own engine says
+    that it will never be ready as configured."""
     metrics, ledger, clock = Metrics(), Ledger(), SystemClock()
 
     def emit(event: Event) -> None:
@@ -91,7 +92,15 @@ async def answer(
         ledger.record(event)
 
     announcer = Announcer(voice, _url(listener), with_keys=bool(keys))
-    gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=announcer.on_status, engine=engine)
+    refusals: list[str] = []
+
+    def on_status(status: Status) -> None:
+        announcer.on_status(status)
+        if status.refused is not None and engine is None:  # else whoever owns the engine process ends all of us
+            refusals.append(status.refused)
+            server.should_exit = True
+
+    gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=on_status, engine=engine)
     announcer.watch(gateway)
     app = App(Api(gateway, Keyring(keys), metrics, ledger, clock, config.server.max_body))
     settings = uvicorn.Config(
@@ -121,6 +130,8 @@ async def answer(
             watch.cancel()
         announcer.close()
         await gateway.aclose()
+    if refusals:
+        raise ConfigError(refusals[0])
 
 
 async def _stop_when(orphaned: Callable[[], Coroutine[Any, Any, None]], server: uvicorn.Server) -> None:
@@ -132,13 +143,22 @@ async def _stop_when(orphaned: Callable[[], Coroutine[Any, Any, None]], server: 
 
 
 async def _supervise(job: Job, listener: socket.socket, voice: Voice) -> None:
-    """Keep the workers alive until a signal comes. The engine, if there is one, belongs to this process."""
+    """Keep the workers alive until a signal comes. The engine, if there is one, belongs to this process; ConfigError where it
+    says that it will never be ready as configured."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     announcer = Announcer(voice, _url(listener), with_keys=bool(job.keys))
     supervisor = client = None
+    refusals: list[str] = []
+
+    def on_status(status: Status) -> None:
+        announcer.on_status(status)
+        if status.refused is not None:
+            refusals.append(status.refused)
+            stop.set()
+
     if job.config.engine.kind == "transformers":
         from anaphora.backends.engine import EngineClient, EngineSupervisor
 
@@ -146,7 +166,7 @@ async def _supervise(job: Job, listener: socket.socket, voice: Voice) -> None:
         await supervisor.start()
         job = msgspec.structs.replace(job, engine=supervisor.address)
         # This process asks the engine for nothing but how it is.
-        client = EngineClient(supervisor.address, on_status=announcer.on_status)
+        client = EngineClient(supervisor.address, on_status=on_status)
         announcer.watch(client)
         await client.start()
     keepers = [
@@ -164,6 +184,8 @@ async def _supervise(job: Job, listener: socket.socket, voice: Voice) -> None:
             await client.aclose()
         if supervisor is not None:
             await supervisor.aclose()
+    if refusals:
+        raise ConfigError(refusals[0])
 
 
 async def _keep(job: Job, number: int, voice: Voice) -> None:
