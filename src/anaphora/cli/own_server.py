@@ -15,6 +15,7 @@ from anaphora.cli.connection import ServerProblem
 STOP_S = 40.0
 """A server that was asked to stop and is still there after this is killed. (It lets answers finish for 30 seconds.)"""
 _POLL_S = 0.1
+_END_S = 5.0
 _PREFIX = "anaphora: "
 _LISTENING = "listening on "
 
@@ -40,8 +41,6 @@ class OwnServer:
         self._reader.start()
         self._listening.wait()
         if not self.url:
-            self._process.wait()
-            self._reader.join()
             raise ServerProblem(self._obituary())
         return self
 
@@ -63,10 +62,7 @@ class OwnServer:
         while True:
             try:
                 response = client.get("/ready")
-            except httpx2.TransportError as error:
-                if self._process.poll() is None:
-                    raise ServerProblem(f"the server at {self.url} does not answer: {error}") from error
-                self._reader.join()
+            except httpx2.TransportError as error:  # it is ending, or has ended
                 raise ServerProblem(self._obituary()) from error
             if response.is_success:
                 self._ready = True
@@ -92,5 +88,7 @@ class OwnServer:
         self._listening.set()  # or never will be
 
     def _obituary(self) -> str:
+        """What it said last. Waits for its end, if that is near."""
+        self._reader.join(timeout=_END_S)
         said = "\n  ".join(self._lines[-10:])
         return f"the server cannot serve; it said:\n  {said}"
