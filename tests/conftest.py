@@ -97,7 +97,7 @@ def _make_tiny(folder: Path, family: str, options: dict[str, Any]) -> Path:
         **{**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0, **options}
     )
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
