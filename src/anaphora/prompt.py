@@ -48,11 +48,16 @@ class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
     """Canonical bytes of what invalidates the messages: tool_choice, parallel calls, images present, thinking, effort (S2).
     For OpenAI what must be identical beside the blocks: response format, effort, verbosity, parallel calls (P10)."""
     salts: dict[str, str] = {}
-    """The same, by name and in readable form, for diagnostics and explanations."""
+    """The same, by name and in readable form, for rules, diagnostics and explanations; a default that is spelled out reads like
+    one that is not. Anthropic: speed, web_search, web_fetch, citations, format (system); tool_choice, parallel_tool_use,
+    images, thinking, effort (messages). OpenAI: parallel_tool_use, format, effort, verbosity, context_management,
+    service_tier."""
     mode: Literal["implicit", "explicit"] | None = None
     """OpenAI `prompt_cache_options.mode`; None: not given."""
     ttl: TTL | None = None
-    """OpenAI `prompt_cache_options.ttl`, or the class that `prompt_cache_retention` stands for."""
+    """OpenAI `prompt_cache_options.ttl`. Marks without a TTL of their own have it already."""
+    retention: Literal["in_memory", "24h"] | None = None
+    """OpenAI `prompt_cache_retention`, of models without `ttl`: how long an entry may be kept at most."""
     cache_key: str | None = None
     """OpenAI `prompt_cache_key`: requests with different keys share nothing (S5)."""
     options_given: tuple[str, ...] = ()
@@ -61,6 +66,34 @@ class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body asked for diagnostics (Anthropic `diagnostics`, OpenAI `comparison_response_id`)."""
     previous_id: str | None = None
     """The earlier answer to compare with, where one was named."""
+
+
+AnthropicReason = Literal[
+    "model_changed", "tools_changed", "system_changed", "messages_changed", "previous_message_not_found", "unavailable"
+]
+OpenAIReason = Literal[
+    "model_changed",
+    "prompt_cache_key_changed",
+    "tools_changed",
+    "text_format_changed",
+    "reasoning_effort_changed",
+    "verbosity_changed",
+    "context_compacted",
+    "input_changed",
+    "service_tier_changed",
+    "comparison_response_not_found",
+    "unavailable",
+]
+
+
+class Diagnosis(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why less was read than could have been, in the dialect's own words (§1.11, §2.5)."""
+
+    reason: AnthropicReason | OpenAIReason
+    missed_tokens: int = 0
+    """Prompt tokens that would have been read had the prefix not changed."""
+    reusable_tokens: int | None = None
+    """OpenAI: tokens of the reusable prefix of the answer that was compared with."""
 
 
 class Lengths(msgspec.Struct, frozen=True):

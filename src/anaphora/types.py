@@ -138,6 +138,8 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     output_tokens: int = 0
     cache_read_input_tokens: int = 0
     cache_creation_input_tokens: int = 0
+    written: dict[str, int] = {}
+    """`cache_creation_input_tokens` by lifetime ("5m", "1h", "30m", "12h"), where a profile tells them apart."""
     kv_reused_tokens: int = 0
     """Prompt tokens whose KV the engine took from its cache, whatever the dialect's accounting says."""
 
