@@ -102,6 +102,9 @@ class Lengths(msgspec.Struct, frozen=True):
     ends: tuple[int, ...]
     total: int
     """All prompt tokens, with what the template puts behind the last block."""
+    steps: tuple[bytes, ...] = ()
+    """One digest for every full 128 tokens of the rendered prompt, each covering all tokens before it: what the classic
+    profiles compare (`breakpoints.steps` makes them). Empty: not known, whole blocks are compared instead."""
 
 
 class CacheUsage(msgspec.Struct, frozen=True, omit_defaults=True):
