@@ -132,7 +132,7 @@ USER = {"role": "user"}
         ),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": "x", "cache_control": {}}]}]},
-            "messages.0.content.0.cache_control: Extra inputs are not permitted",
+            "messages.0.content.0.thinking.cache_control: Extra inputs are not permitted",
         ),
         (
             {"messages": [USER | {"content": [{"type": "text", "text": "", "cache_control": {"type": "ephemeral"}}]}]},
@@ -143,7 +143,7 @@ USER = {"role": "user"}
             "system.0.cache_control: Input tag 'persistent' found using 'type' does not match any of the expected tags: "
             "'ephemeral'",
         ),
-        ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, "cache_control.ttl: Input should be '5m' or '1h'"),
+        ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, "cache_control.ephemeral.ttl: Input should be '5m' or '1h'"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages.0: a message with role 'system' must follow a user"),
         ({"tools": [{"name": "t"}]}, "tools.0.input_schema: Field required"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0.type: Input tag 'bash_20250124' is not supported"),

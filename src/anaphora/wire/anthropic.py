@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from anaphora.errors import InvalidRequest, NotCached, ServiceError
 from anaphora.types import (
@@ -26,6 +27,7 @@ from anaphora.types import (
     ToolUsePart,
 )
 from anaphora.wire.anthropic_answer import MessageWriter, error_body, model_object, whole_message, wire_status
+from anaphora.wire.anthropic_prompt import check_diagnostics, check_mark, check_marks, read_prompt
 from anaphora.wire.base import (
     NEUTRAL,
     SAMPLING_FIELDS,
@@ -35,7 +37,6 @@ from anaphora.wire.base import (
     Rendering,
     Turns,
     cache_salt,
-    check_cache_control,
     encode,
     extra_fields,
     read_sampling,
@@ -84,8 +85,12 @@ class Anthropic(Dialect):
         return self._parse(body, tenant, version, answers=True)
 
     def parse_count_tokens(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Request:
+        """The request alone of `parse_count`."""
+        return self.parse_count(body, tenant=tenant, version=version).request
+
+    def parse_count(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Parsed:
         """The body of `/v1/messages/count_tokens`: `max_tokens` may be missing."""
-        return self._parse(body, tenant, version, answers=False).request
+        return self._parse(body, tenant, version, answers=False)
 
     def _parse(self, body: bytes, tenant: Tenant, version: str | None, *, answers: bool) -> Parsed:
         version = version or VERSIONS[0]
@@ -163,7 +168,9 @@ def _read(body: Json, tenant: Tenant, version: str, answers: bool) -> Parsed:
     tools = tuple(each(opt_list(body, "tools"), "tools", _tool))
     stream = opt_bool(body, "stream", False)
     opt_object(body, "metadata")
-    check_cache_control(body)
+    check_mark(body)
+    check_marks(body)
+    check_diagnostics(body)
     _check_thinking(body)
     stop = strings(opt_list(body, "stop_sequences"), "stop_sequences")
     for index, text in enumerate(stop):
@@ -183,7 +190,7 @@ def _read(body: Json, tenant: Tenant, version: str, answers: bool) -> Parsed:
     )
     if max_tokens == 0:
         _check_prewarm(request)
-    return Parsed(request, Rendering(model=model, stream=stream, version=version))
+    return Parsed(request, Rendering(model=model, stream=stream, version=version), partial(read_prompt, body))
 
 
 def _check_prewarm(request: Request) -> None:
@@ -308,17 +315,20 @@ def _blocks(items: list[object], role: Role, strict: bool) -> list[Part]:
 
 def _text(block: Json) -> tuple[TextPart, ...]:
     only(block, _TEXT_FIELDS)
+    text = string(block, "text")
     if "cache_control" in block:
-        check_cache_control(block)
-        if not block.get("text") and block["cache_control"] is not None:
+        check_mark(block)
+        if not text and block["cache_control"] is not None:
             raise bad_value("cache_control cannot be set for empty text blocks", "text")
-    return text_parts(string(block, "text"))
+    return text_parts(text)
 
 
 _TEXT_FIELDS = frozenset({"type", "text", "cache_control"})
 
 
 def _thinking(block: Json) -> ThinkingPart:
+    if block.get("cache_control") is not None:
+        raise FieldError("unknown", "thinking", "cache_control")
     only(block, frozenset({"type", "thinking", "signature"}))
     return ThinkingPart(string(block, "thinking"), opt_string(block, "signature") or "")
 
@@ -326,13 +336,13 @@ def _thinking(block: Json) -> ThinkingPart:
 def _tool_use(block: Json) -> ToolUsePart:
     # `caller` says who called it; with custom tools only, that is always the model.
     only(block, frozenset({"type", "id", "name", "input", "cache_control", "caller"}))
-    check_cache_control(block)
+    check_mark(block)
     return ToolUsePart(named(block, "id"), named(block, "name"), encode(object_(block, "input")).decode())
 
 
 def _tool_result(block: Json) -> ToolResultPart:
     only(block, frozenset({"type", "tool_use_id", "content", "is_error", "cache_control"}))
-    check_cache_control(block)
+    check_mark(block)
     content: list[TextPart | MediaPart] = []
     value = block.get("content")
     if isinstance(value, str):
@@ -358,28 +368,34 @@ def _tool_result(block: Json) -> ToolResultPart:
 
 def _image(block: Json) -> MediaPart:
     only(block, frozenset({"type", "source", "cache_control"}))
-    check_cache_control(block)
+    check_mark(block)
     media_type, source = _source(object_(block, "source"))
     return MediaPart("image", media_type, source)
 
 
 def _document(block: Json) -> MediaPart:
     only(block, frozenset({"type", "source", "title", "context", "citations", "cache_control"}))
-    check_cache_control(block)
+    check_mark(block)
     media_type, source = _source(object_(block, "source"))
     options: Json = {}
     for key in ("title", "context"):
         if (value := opt_string(block, key)) is not None:
             options[key] = value
-    citations = opt_object(block, "citations")
-    if citations is not None and citations.get("enabled"):
-        raise unsupported("citations are not supported", "citations")
+    citations = opt_object(block, "citations") or {}
+    try:
+        only(citations, frozenset({"enabled"}))
+        if opt_bool(citations, "enabled", False):
+            raise unsupported("citations are not supported")
+    except FieldError as error:
+        error.under("citations")
+        raise
     return MediaPart("document", media_type, source, options)
 
 
 def _source(source: Json) -> tuple[str, dict[str, str]]:
     """Media type (empty if the sender did not say) and the neutral source."""
     try:
+        only(source, _SOURCE_FIELDS)
         match string(source, "type"):
             case "base64":
                 return named(source, "media_type"), {"base64": string(source, "data")}
@@ -396,6 +412,8 @@ def _source(source: Json) -> tuple[str, dict[str, str]]:
         raise
 
 
+_SOURCE_FIELDS = frozenset({"type", "media_type", "data", "url", "file_id"})
+
 _BLOCKS: dict[str, Callable[[Json], Part]] = {
     "thinking": _thinking,
     "tool_use": _tool_use,
@@ -410,7 +428,7 @@ def _tool(tool: Json) -> Tool:
     kind = opt_string(tool, "type")
     if kind not in (None, "custom"):
         raise unsupported(f"Input tag '{kind}' is not supported: only custom tools are", "type")
-    check_cache_control(tool)
+    check_mark(tool)
     return Tool(
         name=named(tool, "name"),
         description=opt_string(tool, "description") or "",
@@ -427,6 +445,7 @@ def _tool_choice(body: Json) -> ToolChoice:
     if choice is None:
         return ToolChoice()
     try:
+        only(choice, frozenset({"type", "name", "disable_parallel_tool_use"}))
         parallel = not opt_bool(choice, "disable_parallel_tool_use", False)
         match string(choice, "type"):
             case "auto":
@@ -447,6 +466,8 @@ def _tool_choice(body: Json) -> ToolChoice:
 
 def _refusal(error: FieldError) -> InvalidRequest:
     path = ".".join(map(str, error.path))
+    if not path:
+        return InvalidRequest(error.detail)
     match error.kind:
         case "missing":
             sentence = "Field required"

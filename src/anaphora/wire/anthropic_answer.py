@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from anaphora.errors import ServiceError
+from anaphora.prompt import Diagnosis
 from anaphora.types import (
     Begin,
     Completion,
@@ -46,6 +47,7 @@ def whole_message(completion: Completion, rendering: Rendering, ids: Ids) -> Jso
 def _message(
     rendering: Rendering, ids: Ids, content: list[object], reason: str | None, stop_sequence: str | None, usage: Usage
 ) -> Json:
+    written = usage.written or {"5m": usage.cache_creation_input_tokens}
     return {
         "id": f"msg_{ids.id}",
         "type": "message",
@@ -56,14 +58,25 @@ def _message(
         "stop_sequence": stop_sequence,
         "usage": {
             **_usage(usage),
-            # Writes are not told apart by lifetime: all of them count as the default one.
+            # Writes that are not told apart by lifetime count as the default one.
             "cache_creation": {
-                "ephemeral_5m_input_tokens": usage.cache_creation_input_tokens,
-                "ephemeral_1h_input_tokens": 0,
+                "ephemeral_5m_input_tokens": written.get("5m", 0),
+                "ephemeral_1h_input_tokens": written.get("1h", 0),
             },
             "service_tier": "standard",
         },
+        **({"diagnostics": _diagnostics(rendering.diagnosis)} if rendering.diagnosed else {}),
     }
+
+
+def _diagnostics(diagnosis: Diagnosis | None) -> Json | None:
+    """Null is what the API says where the earlier prompt is a prefix of this one, or where none was named."""
+    if diagnosis is None:
+        return None
+    reason: Json = {"type": diagnosis.reason}
+    if diagnosis.reason.endswith("_changed"):
+        reason["cache_missed_input_tokens"] = diagnosis.missed_tokens
+    return {"cache_miss_reason": reason}
 
 
 def _usage(usage: Usage) -> dict[str, object]:

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import msgspec
 
 from anaphora.errors import BackendFailed, ServiceError
+from anaphora.prompt import Diagnosis, Prompt
 from anaphora.types import Completion, Delta, End, Message, Part, Request, Role, Sampling, Tenant, TextPart, Tool, ToolChoice
-from anaphora.wire.fields import Json, bad_value, opt_int, opt_list, opt_number, opt_object, opt_string, strings
+from anaphora.wire.fields import Json, bad_value, opt_int, opt_list, opt_number, opt_string, strings
 
 encode = msgspec.json.Encoder().encode
 
@@ -60,11 +62,23 @@ class Rendering(msgspec.Struct, frozen=True, omit_defaults=True):
     """Anthropic: API version."""
     repeated: dict[str, Any] = {}
     """Responses: fields of the body that the response object repeats."""
+    writes_billed: bool = False
+    """OpenAI: a profile that bills cache writes is in force, so usage tells even that there are none. Set by the server."""
+    diagnosed: bool = False
+    """The prompt was compared with an earlier one, as the client wished; the answer says what came of it. Set by the server."""
+    diagnosis: Diagnosis | None = None
+    """What came of it. None: nothing changed that was not added at the end."""
 
 
-class Parsed(msgspec.Struct, frozen=True):
+class Parsed(msgspec.Struct, frozen=True, dict=True):
     request: Request
     rendering: Rendering
+    read_prompt: Callable[[], Prompt]
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The same body as prompt caching sees it. Read when first asked for: an answer from memory does without."""
+        return self.read_prompt()
 
 
 class StreamWriter(Protocol):
@@ -161,8 +175,6 @@ _DEFAULTS: dict[str, object] = {
     "output_config": {},
 }
 
-_MARK_TTLS = ("5m", "1h")
-
 
 def extra_fields(body: Json, known: frozenset[str]) -> Json:
     """Top-level fields outside `known` that say something."""
@@ -180,18 +192,6 @@ def cache_salt(body: Json) -> str | None:
     if salt == "":
         raise bad_value("must not be empty", "cache_salt")
     return salt
-
-
-def check_cache_control(owner: Json) -> None:
-    """Anthropic's mark must be well formed, wherever it stands; it changes nothing."""
-    mark = opt_object(owner, "cache_control")
-    if mark is None:
-        return
-    if mark.get("type") != "ephemeral":
-        found = f"'{mark.get('type')}' found using 'type' does not match any of the expected tags: 'ephemeral'"
-        raise bad_value(f"Input tag {found}", "cache_control")
-    if mark.get("ttl") is not None and mark["ttl"] not in _MARK_TTLS:
-        raise bad_value("Input should be '5m' or '1h'", "cache_control", "ttl")
 
 
 def read_sampling(

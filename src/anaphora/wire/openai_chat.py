@@ -6,6 +6,8 @@ answers is what Anthropic calls thinking.
 
 from __future__ import annotations
 
+from functools import partial
+
 from anaphora.errors import ServiceError
 from anaphora.types import (
     Begin,
@@ -62,7 +64,7 @@ from anaphora.wire.fields import (
 )
 from anaphora.wire.openai_common import (
     FINISH_REASONS,
-    TEXT_FIELDS,
+    MARKED_TEXT_FIELDS,
     OpenAIDialect,
     audio_part,
     chat_usage,
@@ -72,13 +74,13 @@ from anaphora.wire.openai_common import (
     file_part,
     function_tool,
     image_from_url,
-    one_of,
     openai_sampling,
     read_n,
     read_stream,
     read_tool_choice,
     token_logprob,
 )
+from anaphora.wire.openai_prompt import MARK, check_breakpoint, check_caching, one_of, read_chat
 
 _KNOWN = (
     NEUTRAL
@@ -104,6 +106,7 @@ class OpenAIChat(OpenAIDialect):
         tools = tuple(each(opt_list(body, "tools"), "tools", _tool))
         stream, include_usage = read_stream(body)
         check_neutral(body)
+        check_caching(body, ttls=("30m",), responses=False)
         n, logprobs = read_n(body), _logprobs(body)
         request = Request(
             model=model,
@@ -117,7 +120,8 @@ class OpenAIChat(OpenAIDialect):
             cache_salt=cache_salt(body),
             extra=extra_fields(body, _KNOWN),
         )
-        return Parsed(request, Rendering(model, stream, include_usage, num_choices=n, logprobs=logprobs is not None))
+        rendering = Rendering(model, stream, include_usage, num_choices=n, logprobs=logprobs is not None)
+        return Parsed(request, rendering, partial(read_chat, body))
 
     def render(self, completion: Completion, rendering: Rendering, ids: Ids) -> bytes:
         return encode(
@@ -127,7 +131,7 @@ class OpenAIChat(OpenAIDialect):
                 "created": ids.created_s,
                 "model": rendering.model,
                 "choices": [_choice(i, choice, rendering, ids) for i, choice in enumerate(completion.choices)],
-                "usage": chat_usage(completion.usage),
+                "usage": chat_usage(completion.usage, rendering),
             }
         )
 
@@ -156,7 +160,7 @@ def _logprobs(body: Json) -> int | None:
 
 def _tool(tool: Json) -> Tool:
     check_function_type(tool)
-    only(tool, frozenset({"type", "function", "cache_control", "prompt_cache_breakpoint"}))
+    only(tool, frozenset({"type", "function", "cache_control"}))
     try:
         return function_tool(object_(tool, "function"))
     except FieldError as error:
@@ -234,7 +238,9 @@ def _content(message: Json, role: str) -> tuple[Part, ...]:
     def read(part: Json) -> tuple[Part, ...]:
         kind = string(part, "type")
         if kind == "text":
-            only(part, TEXT_FIELDS)
+            only(part, MARKED_TEXT_FIELDS)
+            if MARK in part:
+                check_breakpoint(part)
             return text_parts(string(part, "text"))
         if kind == "refusal" and role == "assistant":
             return text_parts(string(part, "refusal"))
@@ -247,7 +253,11 @@ def _content(message: Json, role: str) -> tuple[Part, ...]:
     return tuple(part for parts in each(value, "content", read) for part in parts)
 
 
+_FILE_FIELDS = frozenset({"file_id", "file_url", "file_data", "filename"})
+
+
 def _media(kind: str, part: Json) -> MediaPart:
+    check_breakpoint(part)
     if kind == "input_audio":
         return audio_part(part)
     if kind == "image_url":
@@ -257,6 +267,7 @@ def _media(kind: str, part: Json) -> MediaPart:
     inner = object_(part, kind)
     try:
         if kind == "file":
+            only(inner, _FILE_FIELDS)
             return file_part(inner)
         only(inner, frozenset({"url", "detail"}))
         return image_from_url(named(inner, "url"), opt_string(inner, "detail"))
@@ -327,7 +338,7 @@ class _Writer:
             return self._chunk(delta.choice, b"{}", finish=b'"%b"' % FINISH_REASONS[delta.reason].encode())
         if not self._rendering.include_usage:
             return sse.DONE
-        return self._head + b'],"usage":%b}\n\n' % encode(chat_usage(delta.usage)) + sse.DONE
+        return self._head + b'],"usage":%b}\n\n' % encode(chat_usage(delta.usage, self._rendering)) + sse.DONE
 
     def fail(self, error: ServiceError) -> bytes:
         return sse.data(encode({"error": error_object(error)}))

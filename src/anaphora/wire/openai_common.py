@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from anaphora.errors import ContextTooLong, InvalidRequest, ModelNotFound, NotCached, ServiceError, Unauthenticated
 from anaphora.types import FinishReason, MediaPart, ModelInfo, Sampling, Tenant, TokenLogprob, Tool, ToolChoice, Usage
-from anaphora.wire.base import Dialect, Parsed, encode, read_sampling, settled_choice, tool_extra
+from anaphora.wire.base import Dialect, Parsed, Rendering, encode, read_sampling, settled_choice, tool_extra
 from anaphora.wire.fields import (
     FieldError,
     Json,
@@ -25,6 +25,7 @@ from anaphora.wire.fields import (
     unsupported,
     wrong_type,
 )
+from anaphora.wire.openai_prompt import MARK, one_of
 
 MAX_CHOICES = 128
 FINISH_REASONS: dict[FinishReason, str] = {
@@ -95,6 +96,8 @@ def check_neutral(body: Json) -> None:
 
 def function_tool(tool: Json) -> Tool:
     """The object with `name`, `description`, `parameters`: nested in Chat, flat in Responses."""
+    if tool.get(MARK) is not None:
+        raise FieldError("unknown", MARK)
     return Tool(
         name=named(tool, "name"),
         description=opt_string(tool, "description") or "",
@@ -103,7 +106,7 @@ def function_tool(tool: Json) -> Tool:
     )
 
 
-_TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "cache_control", "prompt_cache_breakpoint"})
+_TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "cache_control"})
 
 
 def check_function_type(owner: Json) -> None:
@@ -136,12 +139,8 @@ def read_tool_choice(body: Json, tools: Sequence[Tool], function_name: Callable[
     return settled_choice(choice, tools, "tool_choice")
 
 
-def one_of(found: str, *words: str) -> str:
-    names = [f"'{word}'" for word in words]
-    return f"Invalid value: '{found}'. Supported values are: {', '.join(names[:-1])}, and {names[-1]}."
-
-
-TEXT_FIELDS = frozenset({"type", "text", "prompt_cache_breakpoint", "cache_control"})
+TEXT_FIELDS = frozenset({"type", "text", "cache_control"})
+MARKED_TEXT_FIELDS = TEXT_FIELDS | {MARK}
 
 
 def image_from_url(url: str, detail: str | None) -> MediaPart:
@@ -251,13 +250,16 @@ def token_logprob(entry: TokenLogprob) -> Json:
     }
 
 
-def chat_usage(usage: Usage) -> Json:
-    """Usage of Chat and Completions. Cached tokens are part of `prompt_tokens`."""
+def chat_usage(usage: Usage, rendering: Rendering) -> Json:
+    """Usage of Chat and Completions. Tokens read from the cache, and written to it, are part of `prompt_tokens`."""
+    details: Json = {"cached_tokens": usage.cache_read_input_tokens}
+    if rendering.writes_billed or usage.written:
+        details["cache_write_tokens"] = usage.cache_creation_input_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cache_read_input_tokens},
+        "prompt_tokens_details": details,
     }
 
 

@@ -6,6 +6,8 @@ log-probabilities. The answer's text begins with the prompt if `echo` is set: th
 
 from __future__ import annotations
 
+from functools import partial
+
 from anaphora.errors import ServiceError
 from anaphora.types import Choice, Completion, Delta, End, Finish, Request, Tenant, TextDelta, TextPart, TokenLogprob
 from anaphora.wire import sse
@@ -31,6 +33,7 @@ from anaphora.wire.openai_common import (
     read_n,
     read_stream,
 )
+from anaphora.wire.openai_prompt import read_completion
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -69,7 +72,8 @@ class OpenAICompletions(OpenAIDialect):
             extra=extra_fields(body, _KNOWN),
         )
         num_choices = len(prompts) * n
-        return Parsed(request, Rendering(model, stream, include_usage, num_choices, logprobs=logprobs is not None))
+        rendering = Rendering(model, stream, include_usage, num_choices, logprobs=logprobs is not None)
+        return Parsed(request, rendering, partial(read_completion, body))
 
     def render(self, completion: Completion, rendering: Rendering, ids: Ids) -> bytes:
         return encode(
@@ -79,7 +83,7 @@ class OpenAICompletions(OpenAIDialect):
                 "created": ids.created_s,
                 "model": rendering.model,
                 "choices": [_choice(i, choice, rendering) for i, choice in enumerate(completion.choices)],
-                "usage": chat_usage(completion.usage),
+                "usage": chat_usage(completion.usage, rendering),
             }
         )
 
@@ -165,7 +169,7 @@ class _Writer:
         if isinstance(delta, End):
             if not self._rendering.include_usage:
                 return sse.DONE
-            return self._head + b'],"usage":%b}\n\n' % encode(chat_usage(delta.usage)) + sse.DONE
+            return self._head + b'],"usage":%b}\n\n' % encode(chat_usage(delta.usage, self._rendering)) + sse.DONE
         # Begin has nothing to say here; tools and thinking have no place in this dialect.
         return b""
 

@@ -8,7 +8,10 @@ penalties and `cache_salt`.
 
 from __future__ import annotations
 
+from functools import partial
+
 from anaphora.errors import ServiceError
+from anaphora.prompt import Diagnosis
 from anaphora.types import (
     Begin,
     Completion,
@@ -65,6 +68,7 @@ from anaphora.wire.fields import (
     wrong_type,
 )
 from anaphora.wire.openai_common import (
+    MARKED_TEXT_FIELDS,
     TEXT_FIELDS,
     OpenAIDialect,
     audio_part,
@@ -74,12 +78,12 @@ from anaphora.wire.openai_common import (
     file_part,
     function_tool,
     image_from_url,
-    one_of,
     openai_sampling,
     read_stream,
     read_tool_choice,
     token_logprob,
 )
+from anaphora.wire.openai_prompt import DEFAULT_TTL, MARK, check_breakpoint, check_caching, one_of, read_responses
 
 _STATEFUL = ("previous_response_id", "conversation", "prompt")
 _KNOWN = (
@@ -109,6 +113,7 @@ class OpenAIResponses(OpenAIDialect):
         tools = tuple(each(opt_list(body, "tools"), "tools", _tool))
         stream, _ = read_stream(body)
         check_neutral(body)
+        check_caching(body, ttls=("30m", "12h"), responses=True)
         logprobs = _logprobs(body)
         request = Request(
             model=model,
@@ -123,7 +128,7 @@ class OpenAIResponses(OpenAIDialect):
             extra={**extra_fields(body, _KNOWN), **_text_extra(body), **_reasoning_extra(body)},
         )
         rendering = Rendering(model, stream, logprobs=logprobs is not None, repeated=_repeated(body))
-        return Parsed(request, rendering)
+        return Parsed(request, rendering, partial(read_responses, body))
 
     def render(self, completion: Completion, rendering: Rendering, ids: Ids) -> bytes:
         choice = completion.choices[0]
@@ -191,7 +196,14 @@ def _reasoning_extra(body: Json) -> Json:
 
 def _repeated(body: Json) -> Json:
     """What the response object repeats of the request."""
+    caching = {key: body[key] for key in ("prompt_cache_key", "prompt_cache_retention") if body.get(key) is not None}
+    options = opt_object(body, "prompt_cache_options")
+    if options is not None:
+        applied = {"mode": options.get("mode") or "implicit", "ttl": options.get("ttl") or DEFAULT_TTL}
+        compared = options.get("comparison_response_id")
+        caching["prompt_cache_options"] = applied if compared is None else {**applied, "comparison_response_id": compared}
     return {
+        **caching,
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
         "metadata": body.get("metadata") or {},
@@ -281,7 +293,11 @@ def _content(item: Json, key: str, role: Role) -> tuple[Part, ...]:
     def read(part: Json) -> tuple[Part, ...]:
         kind = string(part, "type")
         if kind == "input_text" or (kind == "output_text" and role == "assistant"):
-            only(part, TEXT_FIELDS | {"logprobs"})  # of an answer that comes back: what else it might have said
+            if role == "assistant":
+                only(part, _ANSWER_FIELDS)
+            else:
+                only(part, MARKED_TEXT_FIELDS)
+                check_breakpoint(part)
             return text_parts(string(part, "text"))
         if kind == "refusal" and role == "assistant":
             return text_parts(string(part, "refusal"))
@@ -293,10 +309,14 @@ def _content(item: Json, key: str, role: Role) -> tuple[Part, ...]:
     return tuple(part for parts in each(value, key, read) for part in parts)
 
 
+_ANSWER_FIELDS = TEXT_FIELDS | {"logprobs"}  # of an answer that comes back: what else it might have said
 _MEDIA = ("input_image", "input_file", "input_audio")
 
 
 def _media(kind: str, part: Json) -> MediaPart:
+    if kind == "input_audio" and part.get(MARK) is not None:
+        raise FieldError("unknown", MARK)
+    check_breakpoint(part)
     if kind == "input_file":
         return file_part(part)
     if kind == "input_audio":
@@ -342,13 +362,20 @@ def _call_item(ids: Ids, index: int, call: int, name: str, arguments: str, statu
     }
 
 
-def _usage(usage: Usage) -> Json:
+def _usage(usage: Usage, rendering: Rendering) -> Json:
+    details: Json = {
+        "cached_tokens": usage.cache_read_input_tokens,
+        "cache_write_tokens": usage.cache_creation_input_tokens,
+    }
+    if rendering.writes_billed or usage.written:
+        written = usage.written
+        details["cache_write_tokens_details"] = {
+            "ttl_30m_tokens": written.get("30m", 0),
+            "ttl_12h_tokens": written.get("12h", 0),
+        }
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {
-            "cached_tokens": usage.cache_read_input_tokens,
-            "cache_write_tokens": usage.cache_creation_input_tokens,
-        },
+        "input_tokens_details": details,
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
@@ -368,8 +395,21 @@ def _response(rendering: Rendering, ids: Ids, status: str, output: list[Json], *
         "output": output,
         "usage": None,
         **rendering.repeated,
+        **({"prompt_cache_diagnostics": _diagnostics(rendering.diagnosis)} if rendering.diagnosed else {}),
         **fields,
     }
+
+
+def _diagnostics(diagnosis: Diagnosis | None) -> Json:
+    """Nothing to complain about is a hit."""
+    if diagnosis is None:
+        return {"type": "cache_hit"}
+    if diagnosis.reason in ("comparison_response_not_found", "unavailable"):
+        return {"type": diagnosis.reason}
+    miss: Json = {"type": "cache_miss", "reason": diagnosis.reason, "cache_missed_tokens": diagnosis.missed_tokens}
+    if diagnosis.reusable_tokens is not None:
+        miss["comparison_reusable_tokens"] = diagnosis.reusable_tokens
+    return miss
 
 
 _INCOMPLETE: dict[FinishReason, str] = {"max_tokens": "max_output_tokens", "refusal": "content_filter"}
@@ -378,11 +418,11 @@ _INCOMPLETE: dict[FinishReason, str] = {"max_tokens": "max_output_tokens", "refu
 def _finished(rendering: Rendering, ids: Ids, output: list[Json], reason: FinishReason, usage: Usage) -> Json:
     """The response object of a whole answer. The item that was being written when the tokens ran out is incomplete too."""
     if reason not in _INCOMPLETE:
-        return _response(rendering, ids, "completed", output, usage=_usage(usage))
+        return _response(rendering, ids, "completed", output, usage=_usage(usage, rendering))
     if output:
         output[-1] = {**output[-1], "status": "incomplete"}
     details = {"reason": _INCOMPLETE[reason]}
-    return _response(rendering, ids, "incomplete", output, usage=_usage(usage), incomplete_details=details)
+    return _response(rendering, ids, "incomplete", output, usage=_usage(usage, rendering), incomplete_details=details)
 
 
 class _Open:
