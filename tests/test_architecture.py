@@ -29,6 +29,7 @@ CORNERS = {
     "uvicorn": ("anaphora.server.*",),
     "prometheus_client": ("anaphora.server.*",),
     "redis": ("anaphora.tiers.valkey",),
+    "genai_prices": ("anaphora.profiles.prices",),
     "sqlite3": ("anaphora.tiers.*", "anaphora.store"),
     "httpx2": ("anaphora.backends.*", "anaphora.cli.*"),
     "rich": ("anaphora.cli.*",),
