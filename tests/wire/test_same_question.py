@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -92,6 +93,14 @@ conversations = st.builds(
 )
 
 
+def dicts(value: Any) -> Iterator[Json]:
+    """All objects in a JSON value, itself included."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from dicts(inner)
+
+
 class Pen:
     """Writes one conversation in a dialect, in any of its spellings: string or parts, defaults, order of keys."""
 
@@ -168,6 +177,9 @@ class Pen:
             body["stop_sequences"] = talk.stop
         if self.coin():
             body |= mark
+        marked = [owner for owner in dicts(body) if "cache_control" in owner]
+        for owner in self.random.sample(marked, max(0, len(marked) - 4)):
+            del owner["cache_control"]
         return self.body(body)
 
     def _openai(self, talk: Conversation) -> Json:
