@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 
 import anthropic
 import httpx2
+import msgspec
 import openai
 import pytest
 
 from anaphora.errors import EngineDied, InvalidRequest, QueueFull, ServiceError
+from anaphora.prompt import Diagnosis
 from anaphora.transcript import replay
 from anaphora.types import (
     Choice,
@@ -52,11 +54,14 @@ class Server:
         self.error: ServiceError | None = None
         self.error_after: int | None = None
         self.requests: list[Request] = []
+        self.parsed: list[Parsed] = []
+        self.caching: dict[str, object] = {}  # fields of `Rendering` that a profile sets
 
     def _parse(self, dialect: Dialect, request: httpx2.Request) -> Parsed:
         parsed = dialect.parse(request.content, tenant=Tenant("t"), version=request.headers.get("anthropic-version"))
         self.requests.append(parsed.request)
-        return parsed
+        self.parsed.append(parsed)
+        return Parsed(parsed.request, msgspec.structs.replace(parsed.rendering, **self.caching), parsed.read_prompt)
 
     def _deltas(self, writer_fail: Callable[[ServiceError], bytes], feed: Callable[[Delta], bytes]) -> Iterator[bytes]:
         for number, delta in enumerate(replay(self.completion)):
@@ -347,3 +352,166 @@ def test_both_sdks_raise_their_typed_exceptions() -> None:
 def test_a_delta_that_is_all_text_is_one_chunk() -> None:
     parsed = OpenAIChat().parse(b'{"model":"m","messages":[{"role":"user","content":"?"}],"stream":true}', tenant=Tenant("t"))
     assert OpenAIChat().writer(parsed.rendering, IDS).feed(TextDelta(0, "a\nb")).count(b"\n\n") == 1
+
+
+# -- prompt caching ----------------------------------------------------------------------------------------------------------
+
+
+def cached(server: Server, **written: int) -> None:
+    """The answer's prompt was read (32 tokens), written, and 10 tokens were neither."""
+    usage = msgspec.structs.replace(USAGE, cache_creation_input_tokens=sum(written.values()), written=written)
+    server.completion = msgspec.structs.replace(server.completion, usage=usage)
+
+
+def test_anthropic_tells_writes_apart_by_lifetime_whole_and_streamed() -> None:
+    server = Server(TextPart(TEXT))
+    cached(server, **{"5m": 5, "1h": 60})
+    client = server.anthropic()
+    whole = client.messages.create(model="m", max_tokens=9, messages=[{"role": "user", "content": "?"}])
+    with client.messages.stream(model="m", max_tokens=9, messages=[{"role": "user", "content": "?"}]) as stream:
+        begun = next(event.message.usage.to_dict() for event in stream if event.type == "message_start")
+        streamed = stream.get_final_message()
+    assert whole.usage.cache_creation is not None
+    assert whole.usage.cache_creation.ephemeral_5m_input_tokens == 5
+    assert whole.usage.cache_creation.ephemeral_1h_input_tokens == 60
+    assert (whole.usage.input_tokens, whole.usage.cache_creation_input_tokens) == (10, 65)
+    assert begun["cache_creation"] == whole.usage.cache_creation.to_dict()
+    assert streamed.usage.to_dict() == whole.usage.to_dict()
+    assert whole.diagnostics is None
+
+
+def test_writes_without_a_profile_count_as_anthropics_default_lifetime() -> None:
+    server = Server(TextPart(TEXT))
+    usage = msgspec.structs.replace(USAGE, cache_creation_input_tokens=3)
+    server.completion = msgspec.structs.replace(server.completion, usage=usage)
+    message = server.anthropic().messages.create(model="m", max_tokens=9, messages=[{"role": "user", "content": "?"}])
+    assert message.usage.cache_creation is not None
+    assert message.usage.cache_creation.ephemeral_5m_input_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "told"),
+    [
+        (None, None),
+        (Diagnosis("system_changed", 70), {"type": "system_changed", "cache_missed_input_tokens": 70}),
+        (Diagnosis("unavailable"), {"type": "unavailable"}),
+        (Diagnosis("previous_message_not_found"), {"type": "previous_message_not_found"}),
+    ],
+)
+def test_anthropic_says_why_a_prefix_was_not_reused(diagnosis: Diagnosis | None, told: dict[str, object] | None) -> None:
+    server = Server(TextPart(TEXT))
+    server.caching = {"diagnosed": True, "diagnosis": diagnosis}
+    client = server.anthropic()
+    message = client.messages.create(
+        model="m", max_tokens=9, messages=[{"role": "user", "content": "?"}], diagnostics={"previous_message_id": "msg_0"}
+    )
+    assert "diagnostics" in message.model_fields_set
+    reason = message.diagnostics.cache_miss_reason if message.diagnostics else None
+    assert (reason.to_dict() if reason else None) == told
+    with client.messages.stream(model="m", max_tokens=9, messages=[{"role": "user", "content": "?"}]) as stream:
+        assert stream.get_final_message().diagnostics == message.diagnostics
+
+
+def test_chat_counts_writes_where_a_profile_bills_them_and_only_there() -> None:
+    server = Server(TextPart(TEXT))
+    client = server.openai(OpenAIChat())
+
+    def written() -> int | None:
+        whole = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "?"}]).usage
+        chunks = client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "?"}], stream=True, stream_options={"include_usage": True}
+        )
+        *_, last = chunks
+        assert whole is not None
+        assert last.usage == whole
+        assert whole.prompt_tokens_details is not None
+        assert whole.prompt_tokens_details.cached_tokens == 32
+        return whole.prompt_tokens_details.cache_write_tokens
+
+    assert written() is None
+    server.caching = {"writes_billed": True}
+    assert written() == 0
+    cached(server, **{"30m": 500})
+    assert written() == 500
+
+
+def test_responses_tells_writes_apart_by_lifetime_and_repeats_what_was_asked() -> None:
+    server = Server(TextPart(TEXT))
+    client = server.openai(OpenAIResponses())
+    plain = client.responses.create(model="m", input="?")
+    assert plain.usage is not None
+    assert plain.usage.input_tokens_details.cache_write_tokens_details is None
+    assert plain.prompt_cache_options is None
+    assert plain.prompt_cache_diagnostics is None
+
+    cached(server, **{"30m": 500, "12h": 40})
+    response = client.responses.create(
+        model="m", input="?", prompt_cache_key="k", prompt_cache_options={"ttl": "12h", "comparison_response_id": "resp_0"}
+    )
+    assert response.usage is not None
+    details = response.usage.input_tokens_details
+    assert (details.cached_tokens, details.cache_write_tokens, response.usage.input_tokens) == (32, 540, 582)
+    assert details.cache_write_tokens_details is not None
+    assert (details.cache_write_tokens_details.ttl_30m_tokens, details.cache_write_tokens_details.ttl_12h_tokens) == (500, 40)
+    assert response.prompt_cache_key == "k"
+    assert response.prompt_cache_options is not None
+    assert response.prompt_cache_options.to_dict() == {"mode": "implicit", "ttl": "12h", "comparison_response_id": "resp_0"}
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "told"),
+    [
+        (None, {"type": "cache_hit"}),
+        (Diagnosis("tools_changed", 70), {"type": "cache_miss", "reason": "tools_changed", "cache_missed_tokens": 70}),
+        (
+            Diagnosis("input_changed", 70, 9),
+            {
+                "type": "cache_miss",
+                "reason": "input_changed",
+                "cache_missed_tokens": 70,
+                "comparison_reusable_tokens": 9,
+            },
+        ),
+        (Diagnosis("comparison_response_not_found"), {"type": "comparison_response_not_found"}),
+        (Diagnosis("unavailable"), {"type": "unavailable"}),
+    ],
+)
+def test_responses_says_why_a_prefix_was_not_reused(diagnosis: Diagnosis | None, told: dict[str, object]) -> None:
+    server = Server(TextPart(TEXT))
+    server.caching = {"diagnosed": True, "diagnosis": diagnosis}
+    client = server.openai(OpenAIResponses())
+    whole = client.responses.create(model="m", input="?")
+    assert whole.prompt_cache_diagnostics is not None
+    assert whole.prompt_cache_diagnostics.to_dict() == told
+    with client.responses.stream(model="m", input="?") as stream:
+        assert stream.get_final_response().prompt_cache_diagnostics == whole.prompt_cache_diagnostics
+
+
+def test_marks_as_the_sdks_write_them_are_read() -> None:
+    server = Server(TextPart(TEXT))
+    server.anthropic().messages.create(
+        model="m",
+        max_tokens=9,
+        cache_control={"type": "ephemeral"},
+        system=[{"type": "text", "text": "x", "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
+        messages=[{"role": "user", "content": "?"}],
+    )
+    server.openai(OpenAIChat()).chat.completions.create(
+        model="m",
+        prompt_cache_options={"mode": "explicit", "ttl": "30m"},
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "?", "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "12h"}}],
+            }
+        ],
+    )
+    first, second = (parsed.prompt for parsed in server.parsed)
+    assert (first.automatic, [block.mark for block in first.blocks]) == ("5m", ["1h", None])
+    assert (second.mode, second.ttl, [block.mark for block in second.blocks]) == ("explicit", "30m", ["12h"])
+
+
+def test_responses_prewarm_asks_for_no_answer() -> None:
+    server = Server()
+    server.openai(OpenAIResponses()).responses.create(model="m", input="?", prompt_cache_options={"prewarm": True})
+    assert server.requests[0].max_tokens == 0
