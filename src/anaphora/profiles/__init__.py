@@ -183,6 +183,8 @@ def load(text: str) -> dict[str, Profile]:
             raise ConfigError(f"caching profile '{name}': {error}") from error
         if profile.step % 128:
             raise ConfigError(f"caching profile '{name}': step must be a multiple of 128")
+        if profile.accounting != "openai-classic" and not profile.ttls:
+            raise ConfigError(f"caching profile '{name}': it has breakpoints but no `ttls`")
         profiles[name] = profile
     return profiles
 

@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import msgspec
 
-from anaphora.profiles import Profile
+from anaphora.profiles import Profile, match
 from anaphora.prompt import CacheUsage
 
 PER_MTOK = Decimal(1_000_000)
@@ -57,6 +57,8 @@ def total(usage: CacheUsage) -> int:
 
 
 def _public_cost(profile: Profile, usage: CacheUsage, output_tokens: int, model: str, factor: Decimal) -> Cost | None:
+    if match(model) is None:
+        return None  # a model of one's own, whatever others charge for running it
     # Half a second to import, so only when asked for a model that our own table lacks.
     try:
         import genai_prices
@@ -71,7 +73,7 @@ def _public_cost(profile: Profile, usage: CacheUsage, output_tokens: int, model:
         cache_write_1h_tokens=hour,
     )
     try:
-        found = genai_prices.calc_price(counts, model_ref=model, provider_id=None if profile.generic else profile.provider)
+        found = genai_prices.calc_price(counts, model_ref=model, provider_id=profile.provider)
     except LookupError:
         return None
     return Cost(input=found.input_price * factor, output=found.output_price * factor)
