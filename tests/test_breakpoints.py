@@ -155,6 +155,7 @@ def test_parameters_of_openai_stand_before_everything() -> None:
 
 def test_openais_messages_do_not_run_together() -> None:
     assert keys("user:1, &user:1", SOL) != keys("user:1, user:1", SOL)
+    assert keys("user:1, a:1, &use:1", SOL) == keys("user:1, a:1, use:1", SOL)  # Chat and Responses
 
 
 def test_earlier_thinking_is_stripped_once_the_user_speaks_again() -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from anaphora import profiles
 from anaphora.errors import ConfigError
-from anaphora.profiles import Dialect, Profile
+from anaphora.profiles import Dialect, Profile, Refusal
 from anaphora.profiles.prices import Cost, cost, uncached
 from anaphora.prompt import TTL, CacheUsage
+from anaphora.testing.prompts import prompt
 
 
 def profile(model: str) -> Profile:
@@ -90,17 +91,30 @@ def test_an_unknown_profile_is_refused_with_the_nearest_name() -> None:
 
 
 def test_fields_a_generation_does_not_have_are_refused_in_the_providers_words() -> None:
-    refused = profile("gpt-5.5").refusal(("prompt_cache_key", "messages[0].content[1].prompt_cache_breakpoint"))
-    assert refused is not None
-    path, unsupported = refused
-    assert path == "messages[0].content[1].prompt_cache_breakpoint"
-    assert (unsupported.message, unsupported.code) == (
+    marked = prompt(
+        "user:5, user:6*30m", dialect="openai", options_given=("prompt_cache_key", "prompt_cache_breakpoint")
+    ).prompt
+    refused = profile("gpt-5.5").refusal(marked)
+    assert refused == Refusal(
         "prompt_cache_breakpoint is not supported on this model",
+        "messages.1.content.1.prompt_cache_breakpoint",
         "invalid_parameter",
     )
-    assert profile("gpt-4o").refusal(("prompt_cache_options.ttl",)) is not None
-    assert profile("gpt-5.6-sol").refusal(("prompt_cache_options", "prompt_cache_breakpoint")) is None
-    assert profiles.find("smollm2", "openai").refusal(("prompt_cache_options",)) is None
+    options = prompt("user:5", dialect="openai", options_given=("prompt_cache_options",)).prompt
+    refused = profile("gpt-4o").refusal(options)
+    assert refused is not None
+    assert (refused.message, refused.param) == ("Unsupported parameter: prompt_cache_options", "prompt_cache_options")
+    for fine in (profile("gpt-5.6-sol"), profiles.find("smollm2", "openai")):
+        assert fine.refusal(marked) is None
+        assert fine.refusal(options) is None
+
+
+def test_a_retention_the_model_does_not_have_is_refused() -> None:
+    for retention, refused in (("24h", False), ("in_memory", True)):
+        asked = prompt("user:5", dialect="openai", retention=retention).prompt
+        assert (profile("gpt-5.5").refusal(asked) is not None) == refused
+        assert profile("gpt-4.1").refusal(asked) is None
+        assert profile("gpt-5.6-sol").refusal(asked) is None
 
 
 @pytest.mark.parametrize(

@@ -51,14 +51,16 @@ def chain(prompt: Prompt, profile: Profile) -> tuple[bytes, ...]:
     """One digest for every block: of its content and of everything before it in the prompt, its sections included (R1, R2).
 
     Marks, models, tenants and salts are not in it. OpenAI's messages are told apart even where their contents would run
-    together, because their boundaries are rendered; Anthropic joins neighbours of one role.
+    together, because their boundaries are rendered (the parts of an assistant's turn are not: Responses has them as items of
+    their own, Chat in one message). Anthropic joins neighbours of one role.
     """
     digests: list[bytes] = []
     parent, stripped = b"prompt-blocks", _stripped(prompt, profile)
+    joining = ("assistant",) if prompt.dialect == "openai" else ("assistant", "user")
     before: Block | None = None
     for index, block in enumerate(prompt.blocks):
         if index not in stripped:
-            joined = before is not None and (prompt.dialect == "anthropic" or block.message == before.message)
+            joined = before is not None and (block.message == before.message or block.role == before.role in joining)
             parent = digest((parent, block.section.encode(), b"+" if joined else b"|", block.content))
             before = block
         digests.append(parent)

@@ -72,7 +72,7 @@ def changed_salts(before: Sketch, now: Sketch) -> tuple[str, ...]:
 
 
 def diagnose(before: Sketch | None, now: Sketch, *, read: int) -> Diagnosis | None:
-    """Why `now` could not go on from `before`, in its dialect's words; None if it could. `before` None: not known (any more)."""
+    """Why `now` could not go on from `before`, in its dialect's words; None if it could. `before` is None if not known."""
     if now.dialect == "anthropic":
         if before is None:
             return Diagnosis(reason="previous_message_not_found")

@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 
 from anaphora.errors import ConfigError
-from anaphora.prompt import TTL
+from anaphora.prompt import TTL, Prompt
 
 Dialect = Literal["anthropic", "openai"]
 Accounting = Literal["anthropic", "openai-classic", "openai-breakpoints"]
@@ -51,11 +51,19 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Unsupported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A field of the body that gets status 400. `field` is its last name, wherever it stands."""
+    """A field of the body that gets status 400, as `Prompt.options_given` names it."""
 
     field: str
     message: str
     code: str = "invalid_parameter"
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """What the answer with status 400 says."""
+
+    message: str
+    param: str
+    code: str
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,13 +112,17 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     price: Price | None = None
     """None: not known here."""
 
-    def refusal(self, options_given: Sequence[str]) -> tuple[str, Unsupported] | None:
-        """The first caching field of the body that this model does not have, with its path; None if all are fine."""
-        for path in options_given:
-            last = path.rpartition(".")[2]
-            for unsupported in self.unsupported:
-                if last == unsupported.field or path.startswith(f"{unsupported.field}."):
-                    return path, unsupported
+    def refusal(self, prompt: Prompt) -> Refusal | None:
+        """Why this model answers a prompt with 400: a caching field it does not have; None if it has them all."""
+        for unsupported in self.unsupported:
+            if unsupported.field in prompt.options_given:
+                marked = (block.path for block in prompt.blocks if block.mark is not None)
+                path = next(marked, None) if unsupported.field == "prompt_cache_breakpoint" else None
+                param = unsupported.field if path is None else f"{path}.{unsupported.field}"
+                return Refusal(unsupported.message, param, unsupported.code)
+        if prompt.retention is not None and self.retentions and prompt.retention not in self.retentions:
+            text = f"prompt_cache_retention '{prompt.retention}' is not supported on this model"
+            return Refusal(text, "prompt_cache_retention", "invalid_parameter")
         return None
 
 
