@@ -6,12 +6,49 @@ A `Sketch` is what is kept of a prompt to compare later ones with: digests, leng
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
 
 from anaphora.prompt import AnthropicReason, Diagnosis, Lengths, OpenAIReason, Prompt
+
+Reason = Literal[
+    "unmarked",  # no breakpoint: nothing asked for caching
+    "too_short",  # every boundary is below the model's minimum
+    "first",  # no earlier prompt of this tenant to read from
+    "changed",  # the prompt parts from the nearest earlier one at `path`
+    "model",  # the same prompt was seen, with another model
+    "cache_key",  # the same prompt was seen, under another `prompt_cache_key`
+    "parameters",  # the same prompt was seen, with other values of `names`
+    "no_boundary",  # the same blocks were seen, but no entry was left behind any of them
+    "out_of_window",  # an entry lives behind `path`, where this request does not look: too far back, or no boundary of its own
+    "not_yet_visible",  # the request that writes it has not begun to answer
+    "expired",  # it was there, and its lifetime has passed
+    "recomputed",  # it was promised, but the engine had lost it
+]
+
+
+class Miss(msgspec.Struct, frozen=True):
+    """Why nothing, or less than possible, was read."""
+
+    reason: Reason
+    lost_tokens: int = 0
+    """Tokens that would have been read otherwise, as far as that is known."""
+    path: str = ""
+    """The first block that differs from the nearest earlier prompt, or behind which the entry lies."""
+    names: tuple[str, ...] = ()
+    """Of the parameters that differ."""
+    common_tokens: int = 0
+    """Length of the prefix that the nearest earlier prompt shares."""
+    earlier_id: str = ""
+    """The answer to that prompt."""
+    earlier_s: float | None = None
+    """When that prompt arrived."""
+
+
+State = Literal["absent", "expired", "pending", "readable"]
+"""What the books know of a boundary."""
 
 
 class Sketch(msgspec.Struct):
@@ -137,3 +174,58 @@ def _openai_reason(before: Sketch, now: Sketch) -> OpenAIReason | None:
 
 def _same_up_to(before: Sketch, now: Sketch, end: int, now_end: int) -> bool:
     return end == now_end and before.chain[:end][-1:] == now.chain[:end][-1:]
+
+
+# -- in our own words --------------------------------------------------------------------------------------------------
+
+
+def why(
+    prompt: Prompt,
+    now: Sketch,
+    read: int,
+    recent: Iterable[Sketch],
+    boundaries: Iterable[tuple[int, State, str]],
+    *,
+    minimum: int,
+    cause: Reason | None = None,
+) -> Miss | None:
+    """Why no more than `read` tokens were read; None if there was no more to read.
+
+    `recent` are earlier prompts of the same tenant. `boundaries` are the lengths, states and paths of this prompt's own ones,
+    longest first. `cause`: a reason that is known already.
+    """
+    if cause is not None:
+        return Miss(reason=cause)
+    if read and read == now.kept:
+        return None
+    nearest = max(recent, key=lambda s: (common_blocks(s, now), s.model == now.model, s.started_s), default=None)
+    if nearest is None:
+        return Miss(reason="first")
+    same = common_blocks(nearest, now)
+    common = now.ends[same - 1] if same else 0
+
+    def because(reason: Reason, lost: int, path: str = "", names: tuple[str, ...] = ()) -> Miss:
+        return Miss(reason, max(0, lost), path, names, common, nearest.response_id, nearest.started_s)
+
+    for tokens, state, path in boundaries:
+        if tokens <= read:
+            break
+        if state != "absent":
+            return because(_LOST[state], tokens - read, path)
+    lost = nearest.kept - read
+    if read and (lost <= 0 or nearest.model != now.model):
+        return None
+    path = prompt.blocks[same].path if same < len(prompt.blocks) else ""
+    if common <= read or common < minimum:
+        return because("changed", lost, path)
+    if nearest.model != now.model:
+        return because("model", min(lost, common))
+    if nearest.cache_key != now.cache_key:
+        return because("cache_key", min(lost, common))
+    names = changed_salts(nearest, now)
+    if names:
+        return because("parameters", min(lost, common), names=names)
+    return because("changed", lost, path) if nearest.kept > common else because("no_boundary", common - read)
+
+
+_LOST: dict[State, Reason] = {"expired": "expired", "pending": "not_yet_visible", "readable": "out_of_window"}

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import msgspec
 
 from anaphora.breakpoints import STEP, Keys, Plan, chain, classic_read, plan, usage
 from anaphora.clock import Clock
-from anaphora.diagnosis import Sketch, changed_salts, common_blocks, diagnose, sketch
+from anaphora.diagnosis import Miss, Reason, Sketch, State, diagnose, sketch, why
 from anaphora.profiles import Profile
 from anaphora.prompt import TTL, TTL_S, CacheUsage, Diagnosis, Lengths, Prompt
 from anaphora.types import Scope, Tenant
@@ -30,38 +29,7 @@ DAY_S = 86_400.0
 REMEMBERED_S = 3600.0
 """How long an expired entry, or an answer to compare with, is still known, to say what happened."""
 
-Reason = Literal[
-    "unmarked",  # no breakpoint: nothing asked for caching
-    "too_short",  # every boundary is below the model's minimum
-    "first",  # no earlier prompt of this tenant to read from
-    "changed",  # the prompt parts from the nearest earlier one at `path`
-    "model",  # the same prompt was seen, with another model
-    "cache_key",  # the same prompt was seen, under another `prompt_cache_key`
-    "parameters",  # the same prompt was seen, with other values of `names`
-    "no_boundary",  # the same blocks were seen, but no entry was left behind any of them
-    "out_of_window",  # an entry lives behind `path`, where this request does not look: too far back, or no boundary of its own
-    "not_yet_visible",  # the request that writes it has not begun to answer
-    "expired",  # it was there, and its lifetime has passed
-    "recomputed",  # it was promised, but the engine had lost it
-]
-
-
-class Miss(msgspec.Struct, frozen=True):
-    """Why nothing, or less than possible, was read."""
-
-    reason: Reason
-    lost_tokens: int = 0
-    """Tokens that would have been read otherwise, as far as that is known."""
-    path: str = ""
-    """The first block that differs from the nearest earlier prompt, or behind which the entry lies."""
-    names: tuple[str, ...] = ()
-    """Of the parameters that differ."""
-    common_tokens: int = 0
-    """Length of the prefix that the nearest earlier prompt shares."""
-    earlier_id: str = ""
-    """The answer to that prompt."""
-    earlier_s: float | None = None
-    """When that prompt arrived."""
+__all__ = ["Books", "Charge", "Miss", "Promise", "Reason", "Stats", "Write"]
 
 
 class Write(msgspec.Struct, frozen=True):
@@ -217,7 +185,12 @@ class Books:
         counted = usage(planned, lengths, read)
         kept = classic_read(writes[-1].tokens, profile) if classic and writes else max((w.tokens for w in writes), default=0)
         now = sketch(prompt, links, lengths, kept=max(kept, read), started_s=now_s)
-        miss = self._miss(account, prompt, profile, lengths, planned, writes, keys, now, read)
+        boundaries = ((w.tokens, w.key, "") for w in reversed(writes)) if classic else _boundaries(prompt, keys, lengths)
+        states = ((tokens, _state(account, key, now_s), path) for tokens, key, path in boundaries)
+        cause: Reason | None = None if writes or planned.lookups else "too_short"
+        if not classic and not planned.marked:
+            cause = "unmarked"
+        miss = why(prompt, now, read, account.recent, states, minimum=profile.minimum, cause=cause)
         diagnosis = None
         if prompt.diagnose and prompt.previous_id is not None:
             diagnosis = diagnose(_named(account, prompt.previous_id, now_s), now, read=read)
@@ -381,66 +354,6 @@ class Books:
             self._evicted += entries[key].alive(at_s)
             _drop(account, key)
 
-    # -- explanations --------------------------------------------------------------------------------------------------
-
-    def _miss(
-        self,
-        account: _Account,
-        prompt: Prompt,
-        profile: Profile,
-        lengths: Lengths,
-        planned: Plan,
-        writes: tuple[Write, ...],
-        keys: Keys,
-        now: Sketch,
-        read: int,
-    ) -> Miss | None:
-        classic = profile.accounting == "openai-classic"
-        if not classic and not planned.marked:
-            return Miss(reason="unmarked")
-        if not writes and not planned.lookups:
-            return Miss(reason="too_short")
-        if read and read == now.kept:
-            return None
-        nearest = max(account.recent, key=lambda s: (common_blocks(s, now), s.model == now.model, s.started_s), default=None)
-        if nearest is None:
-            return Miss(reason="first")
-        same = common_blocks(nearest, now)
-        common = now.ends[same - 1] if same else 0
-        told = Miss(reason="changed", common_tokens=common, earlier_id=nearest.response_id, earlier_s=nearest.started_s)
-
-        def because(reason: Reason, lost: int, path: str = "", names: tuple[str, ...] = ()) -> Miss:
-            return msgspec.structs.replace(told, reason=reason, lost_tokens=max(0, lost), path=path, names=names)
-
-        boundaries = (
-            ((write.tokens, write.key, "") for write in reversed(writes))
-            if classic
-            else ((now.ends[i], keys.of_block(i), prompt.blocks[i].path) for i in range(len(now.ends) - 1, -1, -1))
-        )
-        for tokens, key, path in boundaries:
-            if tokens <= read:
-                break
-            entry = account.entries.get(key)
-            if entry is not None:
-                if not entry.alive(now.started_s):
-                    return because("expired", tokens - read, path)
-                late = entry.visible_s > now.started_s
-                return because("not_yet_visible" if late else "out_of_window", tokens - read, path)
-        lost = nearest.kept - read
-        if read and (lost <= 0 or nearest.model != now.model):
-            return None
-        path = prompt.blocks[same].path if same < len(prompt.blocks) else ""
-        if common <= read or common < profile.minimum:
-            return because("changed", lost, path)
-        if nearest.model != now.model:
-            return because("model", min(lost, common))
-        if nearest.cache_key != now.cache_key:
-            return because("cache_key", min(lost, common))
-        names = changed_salts(nearest, now)
-        if names:
-            return because("parameters", min(lost, common), names=names)
-        return because("changed", lost, path) if nearest.kept > common else because("no_boundary", common - read)
-
 
 def _marked_writes(keys: Keys, planned: Plan, lengths: Lengths) -> Iterator[Write]:
     return (Write(keys.of_block(p.block), lengths.ends[p.block], p.ttl, TTL_S[p.ttl], float("inf")) for p in planned.writes)
@@ -457,6 +370,20 @@ def _classic_writes(keys: Keys, prompt: Prompt, lengths: Lengths, profile: Profi
     for i, end in enumerate(lengths.ends):
         if end >= profile.minimum:
             yield Write(keys.of_block(i), end, None, *life)
+
+
+def _boundaries(prompt: Prompt, keys: Keys, lengths: Lengths) -> Iterator[tuple[int, bytes, str]]:
+    """Every block's end, longest first."""
+    return ((lengths.ends[i], keys.of_block(i), prompt.blocks[i].path) for i in range(len(prompt.blocks) - 1, -1, -1))
+
+
+def _state(account: _Account, key: bytes, at_s: float) -> State:
+    entry = account.entries.get(key)
+    if entry is None:
+        return "absent"
+    if not entry.alive(at_s):
+        return "expired"
+    return "readable" if entry.readable(at_s) else "pending"
 
 
 def _readable(
