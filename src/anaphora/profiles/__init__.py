@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Sequence
 from decimal import Decimal
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Literal
 
@@ -131,6 +131,7 @@ def known() -> tuple[Profile, ...]:
     return tuple(sorted((p for p in _profiles().values() if not p.generic), key=lambda p: p.name))
 
 
+@lru_cache(maxsize=1024)
 def match(model: str) -> Profile | None:
     """The profile whose pattern fits `model` best, whatever the dialect; None if none fits."""
     name = _plain_name(model)
