@@ -14,6 +14,8 @@ from anaphora.wire.fields import FieldError, Json, bad_value, only, opt_object, 
 
 MAX_MARKS = 4
 
+Path = tuple[str | int, ...]
+
 _ORDER = (
     "a ttl='1h' cache_control block must not come after a ttl='5m' cache_control block. "
     "Note that blocks are processed in the following order: `tools`, `system`, `messages`."
@@ -89,7 +91,7 @@ def _target(body: Json) -> tuple[bool, TTL | None]:
     return False, None
 
 
-def _places(body: Json) -> Iterator[tuple[tuple[str | int, ...], object]]:
+def _places(body: Json) -> Iterator[tuple[Path, object]]:
     """Where blocks stand, in the order of rendering (R1)."""
     yield ("tools",), body.get("tools")
     yield ("system",), body.get("system")
@@ -97,12 +99,17 @@ def _places(body: Json) -> Iterator[tuple[tuple[str | int, ...], object]]:
         yield ("messages", index, "content"), message.get("content")
 
 
-def _marked(path: tuple[str | int, ...], blocks: object) -> Iterator[tuple[tuple[str | int, ...], Json]]:
-    for index, block in objects(blocks):
+def _marked(path: Path, blocks: object) -> list[tuple[Path, Json]]:
+    """The blocks that have a mark; parts of a tool's result come before the result."""
+    found: list[tuple[Path, Json]] = []
+    if not isinstance(blocks, list):
+        return found
+    for index, block in enumerate(blocks):
         if block.get("type") == "tool_result":
-            yield from _marked((*path, index, "content"), block.get("content"))
+            found += _marked((*path, index, "content"), block.get("content"))
         if block.get("cache_control") is not None:
-            yield (*path, index), block
+            found.append(((*path, index), block))
+    return found
 
 
 def check_diagnostics(body: Json) -> None:
@@ -126,10 +133,13 @@ def read_prompt(body: Json) -> Prompt:
         Block("tools", "tool", _tool(tool), f"tools.{index}", mark=_ttl(tool)) for index, tool in objects(body.get("tools"))
     ]
     blocks += _blocks(body.get("system"), "system", "system", "system", -1)
+    cites = images = False
     for index, message in objects(body.get("messages")):
-        role = str(message.get("role"))
-        blocks += _blocks(message.get("content"), "messages", role, f"messages.{index}.content", index)
-    system, messages = _system_salts(body), _message_salts(body)
+        content = message.get("content")
+        blocks += _blocks(content, "messages", str(message.get("role")), f"messages.{index}.content", index)
+        some_cite, some_images = _features(content)
+        cites, images = cites or some_cite, images or some_images
+    system, messages = _system_salts(body, cites), _message_salts(body, images)
     diagnostics = body.get("diagnostics")
     previous = diagnostics.get("previous_message_id") if isinstance(diagnostics, dict) else None
     return Prompt(
@@ -198,6 +208,8 @@ def _tool(tool: Json) -> bytes:
 
 
 def _envelope(block: Json) -> Json:
+    if _PLAIN.issuperset(block):
+        return text_envelope(block.get("text"))
     fields = envelope(block, _SILENT)
     if fields.get("is_error") is False:
         del fields["is_error"]
@@ -211,10 +223,11 @@ def _envelope(block: Json) -> Json:
     return fields
 
 
+_PLAIN = frozenset({"type", "text", "cache_control"})
 _SILENT = MARKS | {"caller"}  # who called a tool, not what was called
 
 
-def _system_salts(body: Json) -> dict[str, str]:
+def _system_salts(body: Json, cites: bool) -> dict[str, str]:
     """What is rendered behind the tools and ahead of the system text (§1.7)."""
     kinds = [str(tool.get("type")) for _, tool in objects(body.get("tools"))]
     output = body.get("output_config")
@@ -224,12 +237,12 @@ def _system_salts(body: Json) -> dict[str, str]:
         "speed": str(body.get("speed") or "standard"),
         "web_search": _on(any(kind.startswith("web_search") for kind in kinds)),
         "web_fetch": _on(any(kind.startswith("web_fetch") for kind in kinds)),
-        "citations": _on(any(_cites(block) for block in _all_blocks(body))),
+        "citations": _on(cites),
         "format": "text" if form is None else json_text(form),
     }
 
 
-def _message_salts(body: Json) -> dict[str, str]:
+def _message_salts(body: Json, images: bool) -> dict[str, str]:
     """What the messages depend on beside themselves (§1.7)."""
     output = body.get("output_config")
     effort = output.get("effort") if isinstance(output, dict) else None
@@ -237,7 +250,7 @@ def _message_salts(body: Json) -> dict[str, str]:
     return {
         "tool_choice": choice,
         "parallel_tool_use": parallel,
-        "images": "present" if any(block.get("type") == "image" for block in _all_blocks(body)) else "absent",
+        "images": "present" if images else "absent",
         "thinking": _thinking(body),
         "effort": str(effort or "high"),
     }
@@ -247,19 +260,20 @@ def _on(value: bool) -> str:
     return "on" if value else "off"
 
 
-def _all_blocks(body: Json) -> Iterator[Json]:
-    """Blocks of messages and the parts inside tool results."""
-    for _, message in objects(body.get("messages")):
-        for _, block in objects(message.get("content")):
-            yield block
-            if block.get("type") == "tool_result":
-                for _, part in objects(block.get("content")):
-                    yield part
-
-
-def _cites(block: Json) -> bool:
-    citations = block.get("citations")
-    return isinstance(citations, dict) and citations.get("enabled") is True
+def _features(blocks: object) -> tuple[bool, bool]:
+    """(a citation is wanted, an image is there) among blocks and the parts of tool results."""
+    cites = images = False
+    for _, block in objects(blocks):
+        kind = block.get("type")
+        if kind == "image":
+            images = True
+        elif kind == "tool_result":
+            inner_cites, inner_images = _features(block.get("content"))
+            cites, images = cites or inner_cites, images or inner_images
+        elif kind in ("document", "search_result"):
+            citations = block.get("citations")
+            cites = cites or (isinstance(citations, dict) and citations.get("enabled") is True)
+    return cites, images
 
 
 def _tool_choice(body: Json) -> tuple[str, str]:
