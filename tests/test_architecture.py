@@ -21,6 +21,7 @@ SOURCE = ROOT / "src" / "anaphora"
 
 CORNERS = {
     "torch": ("anaphora.backends.engine_*", "anaphora.kv.pool"),
+    "numba": ("anaphora.backends.engine_*",),
     "transformers": ("anaphora.backends.engine_*",),
     "accelerate": ("anaphora.backends.engine_*",),
     "gguf": ("anaphora.backends.engine_*",),

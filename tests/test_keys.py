@@ -125,7 +125,8 @@ def test_streaming_and_the_token_limit_are_not_part_of_the_question() -> None:
 def with_call_ids(call: str, result: str) -> Request:
     asked = replace(BASE.messages[2], content=(ToolUsePart(call, "look", "{}"), ToolUsePart("other", "look", "{}")))
     told = replace(BASE.messages[3], content=(ToolResultPart(result, (TextPart("a cat"),)),))
-    return replace(BASE, messages=(*BASE.messages[:2], asked, told, *BASE.messages[4:]))
+    changed: Request = replace(BASE, messages=(*BASE.messages[:2], asked, told, *BASE.messages[4:]))
+    return changed
 
 
 def test_the_ids_of_tool_calls_are_names_only() -> None:

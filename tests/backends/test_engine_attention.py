@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from anaphora.backends import engine_attention
 from anaphora.backends.engine_attention import PackedAttention, Segment, attend
+from anaphora.backends.engine_kernels import DecodeAttention, can_compile
 from anaphora.kv.pool import KVPool, KVShape
 
 DIM = 8
@@ -78,3 +79,26 @@ def test_a_packed_batch_gives_each_sequence_what_it_gets_alone(parts: list[tuple
     attention.begin(tuple(segments), torch.device("cpu"))
     out, _ = attention(Layer(), torch.cat(queries, 2), torch.cat(keys, 2), torch.cat(values, 2), None)
     torch.testing.assert_close(out, torch.cat(expected, 2).transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+batches = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=5)
+
+
+@pytest.mark.skipif(not can_compile(torch.float32, torch.device("cpu")), reason="numba is not installed")
+@settings(deadline=None, max_examples=40)
+@given(batches, st.sampled_from([(9, 3), (4, 4), (8, 1)]), st.integers(0, 1000))
+def test_the_compiled_kernel_is_softmax_attention(lengths: list[tuple[int, bool]], heads: tuple[int, int], seed: int) -> None:
+    """Contexts of some tokens, and of so many that the kernel divides them."""
+    sizes = [length + 700 * divided for length, divided in lengths]
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, kv_heads = heads
+    keys, values = (torch.randn((kv_heads, sum(sizes) + 9, DIM), generator=generator) * 3 for _ in range(2))
+    queries = torch.randn((len(sizes), num_heads, DIM), generator=generator)
+    starts = [sum(sizes[:i]) + 5 for i in range(len(sizes))]
+    kernel = DecodeAttention([keys], [values], num_heads)
+    kernel.begin(starts, sizes)
+    out = kernel(0, queries, 0.3)
+    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        k, v = keys[None, :, start : start + size], values[None, :, start : start + size]
+        expected = naive(queries[i][None, :, None], k, v, size - 1, 0.3)
+        torch.testing.assert_close(out[i].double(), expected[0, :, 0], rtol=1e-4, atol=1e-5)

@@ -4,11 +4,12 @@ pytest.importorskip("torch")
 
 import torch
 
-from anaphora.backends.engine_linear import PackedLinear, PartOfLinear, can_pack, pack_linears
+from anaphora.backends.engine_kernels import can_compile
+from anaphora.backends.engine_linear import MOST_ROWS, PartOfLinear, ThinLinear, thin_linears
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="torch was built without oneDNN")
+pytestmark = pytest.mark.skipif(not can_compile(torch.float32, CPU), reason="numba is not installed")
 
 
 class Special(torch.nn.Linear):
@@ -16,14 +17,16 @@ class Special(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(16,), (1, 16), (5, 16), (1, 1, 16), (1, 7, 16), (3, 300, 16)])
-def test_a_packed_layer_computes_what_the_plain_one_does(shape: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize(
+    "shape", [(16,), (1, 16), (5, 16), (1, 1, 16), (1, 7, 16), (MOST_ROWS, 16), (MOST_ROWS + 1, 16), (3, 300, 16)]
+)
+def test_a_thin_layer_computes_what_the_plain_one_does(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
-    plain = torch.nn.Linear(16, 24, bias=bias)
-    packed = PackedLinear(plain)
+    plain = torch.nn.Linear(16, 70, bias=bias)
+    thin = ThinLinear(plain)
     rows = torch.randn(shape)
     with torch.inference_mode():
-        torch.testing.assert_close(packed(rows), plain(rows), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(thin(rows), plain(rows), rtol=1e-5, atol=1e-6)
 
 
 class Attention(torch.nn.Module):
@@ -43,7 +46,7 @@ def test_layers_computed_together_give_what_each_gives_alone() -> None:
     rows, other = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     with torch.inference_mode():
         expected = [net(rows, rows), net(other, rows), net(rows, other)]
-        pack_linears(net)
+        thin_linears(net)
         assert isinstance(net.q_proj, PartOfLinear)
         for got, wanted in zip([net(rows, rows), net(other, rows), net(rows, other)], expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
@@ -51,11 +54,11 @@ def test_layers_computed_together_give_what_each_gives_alone() -> None:
 
 def test_all_plain_linear_layers_are_replaced_and_others_left_alone() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4)), Special(4, 4))
-    pack_linears(net)
+    thin_linears(net)
     kinds = [type(module) for module in net.modules() if not isinstance(module, torch.nn.Sequential)]
-    assert kinds == [PackedLinear, PackedLinear, Special]
+    assert kinds == [ThinLinear, ThinLinear, Special]
 
 
-def test_only_float32_on_the_cpu_is_packed() -> None:
-    assert not can_pack(torch.bfloat16, CPU)
-    assert not can_pack(torch.float32, torch.device("meta"))
+def test_only_float32_on_the_cpu_is_compiled_for() -> None:
+    assert not can_compile(torch.bfloat16, CPU)
+    assert not can_compile(torch.float32, torch.device("meta"))

@@ -3,8 +3,9 @@
 A batch packs the tokens of many sequences in one row of length T. Linear layers run over all of them at once; here each
 sequence's queries meet that sequence's own keys. Three cases, chosen by segment:
 
-- one new token (decode): the query heads that share a KV head become query rows of one small attention over the KV heads,
-  so that no head is ever repeated in memory;
+- one new token (decode): all such sequences at once in the compiled kernel (`engine_kernels`) where there is one; else the
+  query heads that share a KV head become query rows of one small attention over the KV heads, so that no head is ever
+  repeated in memory;
 - a prompt from its first token: plain causal attention;
 - new tokens over earlier ones: on CPU, attention over the past without a mask and over the new tokens with the causal
   flag, merged by their log-sum-exp (the kernels skip what a mask would make them compute); elsewhere torch's own
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from anaphora.backends.engine_kernels import DecodeAttention
 from anaphora.kv.pool import KVPool
 
 _numbers = itertools.count()
@@ -41,6 +43,9 @@ class PackedAttention:
 
     def __init__(self, pool: KVPool | None = None) -> None:
         self.pool = pool
+        self.decode: DecodeAttention | None = None
+        """The compiled kernel for single tokens, where there is one."""
+        self._decode_rows: torch.Tensor | None = None
         self.name = f"anaphora_{next(_numbers)}"
         """In transformers' registry, which is global: two models in one process must not take each other's attention."""
         self._segments: tuple[Segment, ...] = ()
@@ -56,7 +61,11 @@ class PackedAttention:
 
     def begin(self, segments: tuple[Segment, ...], device: torch.device) -> None:
         """Announce the next batch: its segments in row order, without gaps."""
-        self._segments = segments
+        single = [s for s in segments if s.num_new == 1] if self.decode is not None else []
+        self._segments = tuple(s for s in segments if s.num_new > 1) if single else segments
+        self._decode_rows = torch.tensor([s.first for s in single]) if single else None
+        if self.decode is not None and single:
+            self.decode.begin([s.extent for s in single], [s.num_past + 1 for s in single])
         slots = [torch.arange(s.extent + s.num_past, s.extent + s.num_past + s.num_new) for s in segments]
         self._slots = torch.cat(slots).to(device)
 
@@ -77,6 +86,10 @@ class PackedAttention:
         keys.index_copy_(1, self._slots, key[0])
         values.index_copy_(1, self._slots, value[0])
         out = torch.empty((1, query.shape[2], query.shape[1], query.shape[3]), dtype=query.dtype, device=query.device)
+        if self.decode is not None and self._decode_rows is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            rows_of = self._decode_rows
+            out[0, rows_of] = self.decode(layer, query[0].transpose(0, 1)[rows_of], scale)
         for s in self._segments:
             rows = slice(s.first, s.first + s.num_new)
             end = s.extent + s.num_past + s.num_new

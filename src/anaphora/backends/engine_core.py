@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from anaphora.backends.engine import EngineOptions
+from anaphora.backends.engine_kernels import prepare as prepare_kernels
 from anaphora.backends.engine_model import (
     Model,
     choose_device,
@@ -80,6 +81,7 @@ class EngineCore:
             torch.set_num_threads(options.threads)
         source = resolve(options.model)
         models_dir = Path(options.models_dir).expanduser()
+        prepare_kernels(models_dir.parent / "kernels")
         folder = materialise(source, models_dir, progress)
         progress("loading weights")
         self.model = Model(folder, dtype=dtype, device=device)
@@ -91,6 +93,7 @@ class EngineCore:
             shape, arena_tokens=plan.arena_tokens, num_blocks=plan.num_blocks, block_size=options.block_size, device=device
         )
         self.model.attach(pool)
+        self.pool = pool
         self.context = min(self.model.context, plan.arena_tokens)
         progress("loading the tokenizer")
         with unreadable_is_refused(folder):

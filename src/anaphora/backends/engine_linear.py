@@ -1,41 +1,56 @@
-"""Linear layers for float32 on CPU: weights laid out once for oneDNN instead of anew at every call, and fewer, larger ones.
+"""Linear layers for float32 on CPU: few rows at the speed of memory, and sibling layers as one product.
 
-torch sends float32 products to MKL, which is at its best with hundreds of rows. A decode step has as many rows as there are
-streams: there oneDNN on prepacked weights takes about two thirds of the time, and no more with a chunk of a prompt
-(`docs/decisions/0005-cpu-linear.md` has the figures). Layers that read the same input (q, k and v; gate and up) become one
-product. In bfloat16 torch uses oneDNN by itself.
+A decode step has one row per stream. Its products then cost what reading the weights costs, if every weight is read once and
+all cores read; torch's float32 product leaves a core idle with one row and falls off with a few. The kernel here, compiled by
+numba where that is installed, takes up to `MOST_ROWS` rows (`docs/decisions/0005-cpu-kernels.md` has the figures); larger
+batches stay with torch. Layers that read the same input (q, k and v; gate and up) become one product.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-_TYPICAL_ROWS = 8
-"""The batch the layout is chosen for."""
+from anaphora.backends.engine_kernels import REASSOCIATE, Kernel
+
+MOST_ROWS = 16
+_TILE = 32
+"""Weight rows per task."""
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers that are called one after the other on the same input, in transformers' decoders."""
 
 
-class PackedLinear(nn.Module):
+class ThinLinear(nn.Module):
     """Takes over one or several `nn.Linear` with the same input; their outputs lie one behind the other."""
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+        weights = [linear.weight.detach() for linear in linears]
+        # A single layer's weight is shared, not copied: it may be tied to the embeddings.
+        self._weight = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
+        self._array = self._weight.numpy()
         self._bias = None if all(linear.bias is None for linear in linears) else torch.cat(list(map(_bias, linears)))
+        self._kernel = _build()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
-        return product
+        num_out, num_in = self._weight.shape
+        if rows.numel() > MOST_ROWS * num_in:
+            return F.linear(rows, self._weight, self._bias)
+        product = torch.empty((*rows.shape[:-1], num_out))
+        self._kernel(rows.contiguous().view(-1, num_in).numpy(), self._array, product.view(-1, num_out).numpy())
+        return product if self._bias is None else product.add_(self._bias)
 
 
 class _Shared:
     """The last product of layers that are computed together, until its last part is taken."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
-        self._together = PackedLinear(*linears)
+        self._together = ThinLinear(*linears)
         self._sizes = [linear.out_features for linear in linears]
         self._rows: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
@@ -61,30 +76,48 @@ class PartOfLinear(nn.Module):
         return self._shared.part(self._index, rows)
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    return (
-        device.type == "cpu"
-        and dtype == torch.float32
-        and torch._C._has_mkldnn
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
-def pack_linears(net: nn.Module) -> None:
+def thin_linears(net: nn.Module) -> None:
     """Replace every plain `nn.Linear` below `net`, in place. Subclasses do something else and are left alone."""
-    with torch.inference_mode():
-        for module in list(net.modules()):
-            plain = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
-            for names in _TOGETHER:
-                linears = [plain.pop(name) for name in names] if plain.keys() >= set(names) else []
-                if linears:
-                    shared = _Shared(linears)
-                    for index, name in enumerate(names):
-                        setattr(module, name, PartOfLinear(shared, index))
-            for name, linear in plain.items():
-                setattr(module, name, PackedLinear(linear))
+    for module in list(net.modules()):
+        plain = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
+        for names in _TOGETHER:
+            linears = [plain.pop(name) for name in names] if plain.keys() >= set(names) else []
+            if linears:
+                shared = _Shared(linears)
+                for index, name in enumerate(names):
+                    setattr(module, name, PartOfLinear(shared, index))
+        for name, linear in plain.items():
+            setattr(module, name, ThinLinear(linear))
 
 
 def _bias(linear: nn.Linear) -> torch.Tensor:
     return torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+
+
+@functools.cache
+def _build() -> Kernel:
+    import numba
+
+    def multiply(rows: Any, weight: Any, product: Any) -> None:
+        """product[m, r] = rows[m] · weight[r]; four rows of the batch share each pass over a weight row."""
+        num_rows, num_in = rows.shape
+        num_out = weight.shape[0]
+        for tile in numba.prange((num_out + _TILE - 1) // _TILE):
+            for r in range(tile * _TILE, min((tile + 1) * _TILE, num_out)):
+                for m in range(0, num_rows - 3, 4):
+                    a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+                    for i in range(num_in):
+                        w = weight[r, i]
+                        a += rows[m, i] * w
+                        b += rows[m + 1, i] * w
+                        c += rows[m + 2, i] * w
+                        d += rows[m + 3, i] * w
+                    product[m, r], product[m + 1, r], product[m + 2, r], product[m + 3, r] = a, b, c, d
+                for m in range(num_rows - num_rows % 4, num_rows):
+                    a = np.float32(0)
+                    for i in range(num_in):
+                        a += rows[m, i] * weight[r, i]
+                    product[m, r] = a
+
+    kernel: Kernel = numba.njit(multiply, parallel=True, nogil=True, fastmath=REASSOCIATE, cache=True)
+    return kernel

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 
 from anaphora.backends.engine_attention import PackedAttention, Segment
-from anaphora.backends.engine_linear import can_pack, pack_linears
+from anaphora.backends.engine_kernels import DecodeAttention, can_compile
+from anaphora.backends.engine_linear import thin_linears
 from anaphora.errors import ConfigError
 from anaphora.keys import digest
 from anaphora.kv.pool import KVPool, KVShape
@@ -203,7 +204,7 @@ class Model:
         self._attention = PackedAttention()
         self._attention.register()
         text = config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
+        heads = self._num_heads = int(text.num_attention_heads)
         self.kv_shape = KVShape(
             num_layers=text.num_hidden_layers,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -218,6 +219,8 @@ class Model:
 
     def attach(self, pool: KVPool) -> None:
         self._attention.pool = pool
+        if can_compile(self.kv_shape.dtype, self.device):
+            self._attention.decode = DecodeAttention(pool.keys, pool.values, self._num_heads)
 
     def forward(
         self, tokens: Sequence[int], positions: Sequence[int], segments: tuple[Segment, ...], logit_rows: Sequence[int]
@@ -245,8 +248,8 @@ class Model:
             self._net.set_attn_implementation(self._attention.name)
         except ValueError as cause:
             raise ConfigError(f"this architecture does not run on the engine's attention: {cause}") from cause
-        if can_pack(self.kv_shape.dtype, self.device):
-            pack_linears(self._net)
+        if can_compile(self.kv_shape.dtype, self.device):
+            thin_linears(self._net)
         self.attach(KVPool(self.kv_shape, arena_tokens=length, num_blocks=0, block_size=1, device=self.device))
         try:
             rows = []
