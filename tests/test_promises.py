@@ -475,6 +475,18 @@ def test_forgetting_a_tenant_leaves_nothing_of_it(desk: Desk) -> None:
     assert desk.claude("sys:1000*5m, user:1", tenant=BOB) == (1, 1000, 0, 0)
 
 
+def test_a_request_under_way_brings_nothing_forgotten_back(desk: Desk) -> None:
+    built = prompt("sys:1000*5m, user:50", diagnose=True)
+    charge = desk.books.charge(ALICE, built.prompt, profiles.find(CLAUDE, "anthropic"), built.lengths)
+    desk.books.forget(Scope(tenant=ALICE))
+    desk.books.visible(charge)
+    desk.books.name(charge, "msg_1")
+    assert desk.books.stats.entries == 0
+    again = desk.ask("sys:1000*5m, user:50", diagnose=True, previous_id="msg_1")
+    assert again.diagnosis is not None
+    assert again.diagnosis.reason == "previous_message_not_found"
+
+
 def test_forgetting_a_model_leaves_the_others(desk: Desk) -> None:
     desk.ask("sys:1000*5m, user:1")
     desk.ask("sys:1000*5m, user:1", model="claude-opus-5-5")

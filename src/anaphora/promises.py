@@ -64,6 +64,7 @@ class Charge(msgspec.Struct, frozen=True):
     writes: tuple[Write, ...]
 
     diagnoses: bool
+    era: int
 
     @property
     def pins(self) -> tuple[tuple[int, float], ...]:
@@ -123,6 +124,8 @@ class _Account:
         self.held_tokens = 0
         self.recent: deque[Sketch] = deque(maxlen=recent)
         self.named: OrderedDict[str, Sketch] = OrderedDict()
+        self.era = 0
+        """How often something of it was forgotten. A charge of an earlier era enters nothing any more (invariant 7)."""
 
 
 class Books:
@@ -135,7 +138,7 @@ class Books:
         max_entries: int = 65_536,
         quota_tokens: int | None = None,
         recent: int = 32,
-        max_named: int = 1024,
+        max_named: int = 256,
     ) -> None:
         """`quota_tokens`: how many promised tokens of one tenant and workspace are protected from eviction; None: all.
         `recent`: earlier prompts a miss is compared with. `max_named`: answers that diagnostics can refer to."""
@@ -209,6 +212,7 @@ class Books:
             found=tuple(tokens for tokens, _ in found),
             writes=writes,
             diagnoses=prompt.diagnose,
+            era=account.era,
         )
 
     def settle(self, charge: Charge, kv_reused_tokens: int, block_size: int = 1) -> Charge:
@@ -236,6 +240,8 @@ class Books:
         """The answer begins (default: now): what the request wrote can be read from here on."""
         at = self._clock.now_s() if at_s is None else at_s
         account = self._account(charge.tenant, charge.workspace)
+        if charge.era != account.era:
+            return
         covered = charge.usage.read
         for write in charge.writes:
             entry = account.entries.get(write.key)
@@ -251,9 +257,10 @@ class Books:
         Anthropic keeps only prompts that asked for diagnostics themselves (with `previous_message_id: null` the first time).
         """
         charge.sketch.response_id = response_id
-        if charge.sketch.dialect == "anthropic" and not charge.diagnoses:
+        account = self._account(charge.tenant, charge.workspace)
+        if charge.era != account.era or (charge.sketch.dialect == "anthropic" and not charge.diagnoses):
             return
-        named = self._account(charge.tenant, charge.workspace).named
+        named = account.named
         named[response_id] = charge.sketch
         while len(named) > self._max_named:
             named.popitem(last=False)
@@ -278,6 +285,7 @@ class Books:
             for key in doomed:
                 _drop(account, key)
             gone += len(doomed)
+            account.era += 1
             left = [s for s in account.recent if scope.model not in (None, s.model)]
             account.recent = deque(left, maxlen=self._recent)
             account.named = OrderedDict((i, s) for i, s in account.named.items() if scope.model not in (None, s.model))

@@ -27,16 +27,14 @@ class Cost(msgspec.Struct, frozen=True):
         return self.input + self.output
 
 
-def cost(
-    profile: Profile, usage: CacheUsage, output_tokens: int, *, model: str = "", factor: Decimal = Decimal(1)
-) -> Cost | None:
+def cost(profile: Profile, usage: CacheUsage, output_tokens: int, *, model: str, factor: Decimal = Decimal(1)) -> Cost | None:
     """What the provider would charge for `usage` and the answer; None if nobody knows the price.
 
-    `factor` is for what multiplies everything: 0.5 for batches, 1.1 for a chosen region. `model` (default: the profile's name)
+    `factor` is for what multiplies everything: 0.5 for batches, 1.1 for a chosen region. `model`, as the client named it,
     is looked up in `genai-prices` where the profile has no price of its own.
     """
     if profile.price is None:
-        return _public_cost(profile, usage, output_tokens, model or profile.name, factor)
+        return _public_cost(profile, usage, output_tokens, model, factor)
     price, rates = profile.price, profile.rates
     dear = price.above is not None and total(usage) > price.above
     per_input = price.input * (price.above_input if dear else 1) * factor / PER_MTOK
