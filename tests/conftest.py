@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from anaphora.config import default_cache_dir
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# Engines in temporary folders, and their processes, share one place for compiled kernels.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(default_cache_dir()) / "kernels"))
 
 TinyModel = Callable[..., Path]
 
