@@ -14,6 +14,7 @@ from anaphora.breakpoints import Breakpoint, Keys, Plan, chain, message_ends, pl
 from anaphora.profiles import Profile
 from anaphora.prompt import CacheUsage, Lengths, Prompt
 from anaphora.testing.prompts import prompt
+from anaphora.wire import anthropic_prompt, openai_prompt
 
 OPUS = profiles.find("claude-opus-5", "anthropic")
 SOL = profiles.find("gpt-5.6-sol", "openai")
@@ -211,3 +212,63 @@ def test_an_empty_prompt_has_no_breakpoints() -> None:
     for profile in (OPUS, SOL):
         nothing = Prompt(dialect=profile.dialect, model="m", blocks=(), automatic="5m")
         assert plan(nothing, Lengths(ends=(), total=3), profile) == Plan()
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+def names(read: Any, profile: Profile, body: dict[str, Any]) -> list[bytes]:
+    made: Prompt = read(body)
+    found = Keys(made, profile, chain(made, profile), ("t", "w", ""))
+    return [found.of_block(i) for i in range(len(made.blocks))]
+
+
+TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "Bye"}]
+UNIMPORTANT = ({"temperature": 0.3}, {"top_p": 0.5}, {"max_tokens": 7}, {"stream": True}, {"metadata": {"user_id": "u"}})
+
+
+@pytest.mark.parametrize("change", [*UNIMPORTANT, {"top_k": 3}, {"stop_sequences": ["x"]}], ids=str)
+def test_v17_sampling_and_limits_are_no_part_of_a_key_of_anthropics(change: dict[str, Any]) -> None:
+    body = {"model": "claude-opus-5", "max_tokens": 9, "system": "Be brief.", "messages": TALK}
+    assert names(anthropic_prompt.read_prompt, OPUS, body) == names(anthropic_prompt.read_prompt, OPUS, {**body, **change})
+
+
+@pytest.mark.parametrize("change", [*UNIMPORTANT, {"seed": 3}, {"n": 2}, {"stop": ["x"]}, {"user": "u"}], ids=str)
+def test_v28_sampling_and_limits_are_no_part_of_a_key_of_openais(change: dict[str, Any]) -> None:
+    body = {"model": "gpt-5.6-sol", "messages": TALK}
+    assert names(openai_prompt.read_chat, SOL, body) == names(openai_prompt.read_chat, SOL, {**body, **change})
+
+
+def test_chat_and_responses_name_the_same_boundaries() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    chat: dict[str, Any] = {
+        "model": "gpt-5.6-sol",
+        "messages": [
+            *TALK,
+            {"role": "assistant", "content": "So?", "tool_calls": [{"id": "c", "type": "function", "function": call}]},
+            {"role": "tool", "tool_call_id": "c", "content": "42"},
+        ],
+    }
+    responses: dict[str, Any] = {
+        "model": "gpt-5.6-sol",
+        "input": [
+            *TALK,
+            {"role": "assistant", "content": "So?"},
+            {"type": "function_call", "call_id": "c", **call},
+            {"type": "function_call_output", "call_id": "c", "output": "42"},
+        ],
+    }
+    assert names(openai_prompt.read_chat, SOL, chat) == names(openai_prompt.read_responses, SOL, responses)
+    ends = message_ends(openai_prompt.read_chat(chat))
+    assert ends == message_ends(openai_prompt.read_responses(responses)) == ([0, 2, 5], None)
+
+
+def test_a_string_and_one_text_block_are_the_same() -> None:
+    text = {"model": "m", "system": "Be brief.", "messages": [{"role": "user", "content": "Hello"}]}
+    marked = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}
+    blocks = {
+        "model": "m",
+        "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [{"role": "user", "content": [marked]}],
+    }
+    assert names(anthropic_prompt.read_prompt, OPUS, text) == names(anthropic_prompt.read_prompt, OPUS, blocks)
