@@ -30,6 +30,7 @@ class Block(msgspec.Struct, frozen=True, omit_defaults=True):
     path: str
     """Where it stands in the body, in the dialect's own style: `messages.0.content.4`, `messages[0].content[4]`."""
     role: str = ""
+    """As in the body, but OpenAI's `developer` is `system`, and what a tool answered there is of role `tool`."""
     message: int = -1
     """Index of its message; -1 for tools and for a system field."""
     mark: TTL | None = None

@@ -412,7 +412,7 @@ def _source(source: Json) -> tuple[str, dict[str, str]]:
         raise
 
 
-_SOURCE_FIELDS = frozenset({"type", "media_type", "data", "url", "file_id"})
+_SOURCE_FIELDS = frozenset({"type", "media_type", "data", "url", "file_id", "content"})
 
 _BLOCKS: dict[str, Callable[[Json], Part]] = {
     "thinking": _thinking,
