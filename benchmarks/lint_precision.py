@@ -65,7 +65,7 @@ def miniswe_turns(root: Path, model: str) -> Iterator[Line]:
             text = str(call["input"])
             start = max((one for one in known if text.startswith(one[0])), key=lambda one: len(one[0]), default=fresh)
             answer: list[Message] = [{"role": "assistant", "content": start[1]}] if start[0] else []
-            messages = [*start[2], *answer, {"role": "user", "content": text[len(start[0]) :] or "(nothing)"}]
+            messages: list[Message] = [*start[2], *answer, {"role": "user", "content": text[len(start[0]) :] or "(nothing)"}]
             known.append((text, str(call["output"]), messages))
             yield _line(model, messages, name, float(str(call["timestamp"])))
 

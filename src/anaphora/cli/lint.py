@@ -152,9 +152,9 @@ def _print_table(report: Report, gain: Gain | None) -> None:
             console.print(line)
         console.print()
     num = len(report.findings)
-    counted = f"{report.num_requests} requests in {report.num_sessions} sessions"
+    counted = f"{_num(report.num_requests, 'request')} in {_num(report.num_sessions, 'session')}"
     console.print(
-        f"{num or 'no'} finding{'' if num == 1 else 's'} in {counted}. Tokens are estimates: {report.tokens_counted}."
+        f"{_num(num, 'finding') if num else 'no findings'} in {counted}. Tokens are estimates: {report.tokens_counted}."
     )
     if gain is not None:
         for line in gain.lines():
@@ -185,3 +185,7 @@ def _against(finding: Finding) -> str:
 
 def _times(finding: Finding) -> str:
     return f" in {finding.occurrences} requests" if finding.occurrences > 1 else ""
+
+
+def _num(num: int, noun: str) -> str:
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"

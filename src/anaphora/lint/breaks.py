@@ -117,7 +117,7 @@ def _messages(before: Layout, after: Layout) -> Iterator[Cause]:
         if one[0].role == other[0].role and not _is_extended(one[0], other[0]):
             yield from _piece(one[0], other[0], None, _common_part(one[0], other[0]))
         return
-    if 2 * kept < sum(piece.tokens for piece in one):
+    if 2 * kept < sum(piece.tokens for piece in one if piece.kind != "image"):
         return
     last_equal = max(index for index, step in enumerate(steps) if step[0] == "equal")
     for tag, i1, i2, j1, j2 in steps[:last_equal]:

@@ -100,12 +100,22 @@ def _object_like_first(piece: Piece, body: Object, first: dict[str, Json]) -> st
     if piece.kind not in ("tool", "tool_use") or not isinstance(value, dict):
         return None
     bare = {name: item for name, item in value.items() if name not in MARKS}
-    known = mapping(first.setdefault(json.dumps(bare, sort_keys=True), bare))
+    known = mapping(first.setdefault(json.dumps(_unfolded(bare), sort_keys=True), bare))
     if compact(known) == compact(bare):
         return None
     marks = {name: item for name, item in value.items() if name in MARKS}
     _put(body, piece.place, {**copy.deepcopy(known), **marks})
     return "json-key-order"
+
+
+def _unfolded(value: Json) -> Json:
+    """With strings that hold JSON (the arguments of a call) read, so that order does not matter in them either."""
+    if isinstance(value, dict):
+        return {key: _unfolded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unfolded(item) for item in value]
+    found = parsed(value) if isinstance(value, str) else None
+    return value if found is None else found
 
 
 def _text_like_first(piece: Piece, body: Object, first: dict[tuple[Place, str], str]) -> str | None:
@@ -264,13 +274,15 @@ def _with_body(recorded: Recorded, body: Object) -> Recorded:
 
 def _put(body: Object, place: Place, value: Json) -> None:
     holder, last = at(body, place[:-1]), place[-1]
-    if isinstance(holder, dict) and isinstance(last, str):
-        holder[last] = value
-    elif isinstance(holder, list) and isinstance(last, int):
-        holder[last] = value
+    match holder, last:
+        case dict(), str():
+            holder[last] = value
+        case list(), int():
+            holder[last] = value
 
 
 def _line(account: Account) -> str:
     money = f", ${account.usd:.4f}" if account.usd is not None else ", price not known"
     share = account.read / account.total if account.total else 0.0
-    return f"{account.read:,} of {account.total:,} prompt tokens read from the cache ({share:.0%}), {account.written:,} written{money}"
+    read = f"{account.read:,} of {account.total:,} prompt tokens read from the cache ({share:.0%})"
+    return f"{read}, {account.written:,} written{money}"

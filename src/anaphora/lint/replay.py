@@ -55,7 +55,7 @@ def replay(recorded: Iterable[Recorded], like: str | None = None, count: Count =
 
 
 def _lengths(layout: Layout) -> Lengths:
-    """With digests of every 128 tokens for the classic profiles: four bytes of a piece stand for a token, as in the estimate."""
+    """With digests of every 128 tokens for the classic profiles: four bytes of a piece are a token, as in the estimate."""
     if layout.anthropic:
         return layout.lengths()
     tokens: list[int] = []

@@ -66,8 +66,12 @@ def start_of(layout: Layout, section: Section) -> int:
 
 
 def converses(before: Layout, after: Layout) -> bool:
-    """The later request goes on with the conversation of the earlier one: it begins like it, or keeps most of it, its end too."""
-    one, other = (layout.pieces[start_of(layout, "messages") :] for layout in (before, after))
+    """The later request goes on with the earlier one's conversation: it begins like it, or keeps most of it and its end."""
+    # Without images: one that was encoded anew must not hide that the words are the same.
+    one, other = (
+        [piece for piece in layout.pieces if piece.section == "messages" and piece.kind != "image"]
+        for layout in (before, after)
+    )
     if not one or not other:
         return False
     if _begins_like(one[0], other[0]):

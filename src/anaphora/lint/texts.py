@@ -132,16 +132,17 @@ def _volatile(before: str, after: str) -> tuple[str, ...]:
 
 def _line_causes(before: str, after: str) -> tuple[str, ...]:
     """Codes of the patterns whose matches differ when nothing else does; the label of a user's field; none for an edit."""
+    masked, rest, other = _masked(before, after)
+    explained = rest == other
     if _USER_LINE.match(before) and _USER_LINE.match(after) and _label(before) == _label(after):
-        masked = _masked_causes(before, after)
-        return masked if masked and not {"volatile-value", "request-id", "uuid"} & set(masked) else ("user-field",)
-    masked = _masked_causes(before, after)
-    if masked:
+        return masked if explained and masked and masked[0] == "timestamp" else ("user-field",)
+    if explained:
         return masked
-    return ("user-field",) if _names_a_user(before, after) else ()
+    return ("user-field",) if _names_a_user(rest, other) else ()
 
 
-def _masked_causes(before: str, after: str) -> tuple[str, ...]:
+def _masked(before: str, after: str) -> tuple[tuple[str, ...], str, str]:
+    """The codes of the patterns whose matches differ, and both texts without those matches."""
     found: list[str] = []
     for code, pattern in _PATTERNS:
         if before == after:
@@ -152,7 +153,7 @@ def _masked_causes(before: str, after: str) -> tuple[str, ...]:
         if values != others and code not in found:
             found.append(code)
         before, after = pattern.sub("\0", before), pattern.sub("\0", after)
-    return tuple(found) if before == after else ()
+    return tuple(found), before, after
 
 
 def _label(line: str) -> str:

@@ -1,0 +1,104 @@
+"""What a careful reader would call ordinary traffic is no finding."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+from tests.lint.sample import Line, bodies, chat, report, responses, session
+
+
+def codes(lines: list[Line]) -> list[str]:
+    return [finding.code for finding in report(lines).findings]
+
+
+@pytest.mark.parametrize("model", ["gpt-4.1", "gpt-5.5", "gpt-5.6-sol", "smollm2"])
+def test_a_conversation_that_grows_is_clean_in_every_dialect(model: str) -> None:
+    assert codes(session()) == codes(chat(model)) == codes(responses(model)) == []
+
+
+def test_it_is_clean_without_session_ids_and_times() -> None:
+    assert codes([{"request": body} for body in bodies(session())]) == []
+    assert codes(bodies(session())) == []
+
+
+def test_interleaved_conversations_of_one_program_are_clean() -> None:
+    first, second = bodies(session()), bodies(session())
+    for body in second:
+        body["messages"][0]["content"][0]["text"] = "The night audit prints the city tax twice. Why?"
+    mixed = [body for pair in zip(first, second, strict=True) for body in pair]
+    assert codes(mixed) == []
+    random.Random(7).shuffle(mixed)
+    assert codes(sorted(mixed, key=lambda body: len(body["messages"]))) == []
+
+
+def test_a_program_with_other_tools_and_instructions_in_the_same_session_is_clean() -> None:
+    lines = session()
+    title = copy.deepcopy(lines[4])
+    title["request"]["tools"] = []
+    title["request"]["system"] = [{"type": "text", "text": "Give this conversation a title of at most five words."}]
+    assert codes([*lines[:5], title, *lines[5:]]) == []
+
+
+def test_a_compaction_is_clean() -> None:
+    lines = session()
+    for line in lines:
+        line["request"]["messages"][0]["content"][0]["text"] += " For context, the whole log of the night: " + "x = 1; " * 2000
+    for line in lines[5:]:
+        rest = line["request"]["messages"][7:]
+        line["request"]["messages"] = [{"role": "user", "content": "Summary so far: nights() replaced the day."}, *rest]
+    assert codes(lines) == []
+
+
+def test_an_answer_asked_for_again_and_another_last_message_are_clean() -> None:
+    lines = session()
+    again = copy.deepcopy(lines[4])
+    other = copy.deepcopy(lines[7])
+    other["request"]["messages"][-1]["content"][0]["text"] = "Thanks, that is all."
+    assert codes([*lines[:5], again, *lines[5:], other]) == []
+
+
+def test_sampling_and_limits_may_change() -> None:
+    lines = session()
+    for number, body in enumerate(bodies(lines)):
+        body |= {"max_tokens": 1000 + number, "temperature": number / 10, "stream": bool(number % 2), "metadata": {"n": number}}
+    assert codes(lines) == []
+
+
+def test_defaults_written_out_change_nothing() -> None:
+    lines = session()
+    bodies(lines)[5] |= {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}, "speed": "standard"}
+    assert codes(lines) == []
+
+
+def test_moving_marks_and_text_as_string_or_block_change_nothing() -> None:
+    lines = session()
+    body = bodies(lines)[6]
+    body["messages"][0]["content"] = body["messages"][0]["content"][0]["text"]
+    body["messages"][2]["content"][0]["cache_control"] = {"type": "ephemeral"}
+    assert codes(lines) == []
+
+
+def test_a_date_that_changes_when_everything_had_expired_anyway_is_clean() -> None:
+    lines = session()
+    for number, line in enumerate(lines):
+        line["timestamp"] = 1_770_000_000 + 86_400 * number
+        line["session"] = f"day-{number}"
+        line["request"]["system"][0]["text"] += f"\nToday is 2026-03-{2 + number:02}."
+    assert codes(lines) == []
+
+
+def test_different_tenants_share_nothing_so_nothing_is_lost_between_them() -> None:
+    lines = session()
+    for number, line in enumerate(lines):
+        line |= {"tenant": f"tenant-{number}", "session": f"session-{number}"}
+        line["request"]["system"][0]["text"] += f"\nUser: {number}"
+    assert codes(lines) == []
+
+
+def test_short_prompts_are_clean_however_they_change() -> None:
+    lines = session()[:3]
+    for number, body in enumerate(bodies(lines)):
+        body |= {"tools": [], "system": f"Now: 2026-03-02T09:{number:02}:00Z. Mend faults."}
+    assert codes(lines) == []
