@@ -107,6 +107,11 @@ def test_v04_every_read_refreshes_five_minutes(desk: Desk) -> None:
     assert seen == [(50, 0, 1000, 0), (50, 1000, 0, 0), (50, 1000, 0, 0), (50, 0, 1000, 0)]
 
 
+def test_a_lifetime_that_is_exactly_over_is_over(desk: Desk) -> None:
+    desk.claude("sys:1000*5m, user:50")
+    assert desk.at(300).claude("sys:1000*5m, user:50") == (50, 0, 1000, 0)
+
+
 def test_v05_an_hour_is_an_hour(desk: Desk) -> None:
     seen = [desk.at(t).claude("sys:1000*1h, user:50") for t in (0, 3599, 7200)]
     assert seen == [(50, 0, 0, 1000), (50, 1000, 0, 0), (50, 0, 0, 1000)]
@@ -416,6 +421,19 @@ def test_a_read_that_was_recomputed_is_reported_as_a_miss(desk: Desk) -> None:
     assert desk.books.stats.broken == 2
 
 
+def test_what_was_written_again_lives_as_long_as_was_paid_for(desk: Desk) -> None:
+    desk.ask("sys:1000*5m, user:50")
+    built = prompt("sys:1000*1h, user:50")
+    charge = desk.at(100).books.charge(ALICE, built.prompt, profiles.find(CLAUDE, "anthropic"), built.lengths)
+    desk.books.visible(desk.books.settle(charge, 0, 16))
+    assert desk.at(3000).claude("sys:1000*1h, user:50") == (50, 1000, 0, 0)
+
+
+def test_classic_entries_are_no_promises(desk: Desk) -> None:
+    charge = desk.ask("user:2006", dialect="openai", model="gpt-4.1")
+    assert charge.pins == desk.books.protected(ALICE) == ()
+
+
 def test_a_classic_read_shrinks_to_what_was_reused(desk: Desk) -> None:
     desk.classic("user:2006")
     charge = desk.ask("user:2006", dialect="openai", model="gpt-4.1")
@@ -454,6 +472,13 @@ def test_the_books_are_bounded() -> None:
     for i in range(30):
         desk.ask(f"sys:1000*5m={i}, user:1")
     assert (desk.books.stats.entries, desk.books.stats.evicted) == (10, 20)
+
+
+def test_of_full_books_what_was_used_longest_ago_leaves_first() -> None:
+    desk = Desk(max_entries=2)
+    for name in "abac":
+        desk.ask(f"sys:1000*5m={name}, user:1")
+    assert desk.claude("sys:1000*5m=a, user:1") == (1, 1000, 0, 0)
 
 
 def test_dead_entries_leave_by_themselves(desk: Desk) -> None:
@@ -514,6 +539,17 @@ def test_the_reason_of_a_miss_is_the_place_where_the_prompt_parts(desk: Desk) ->
 def test_a_chat_that_goes_on_has_missed_nothing(desk: Desk) -> None:
     desk.ask("sys:1000, user:50", automatic="5m")
     assert reason(desk.ask("sys:1000, user:50, a:20, user:50", automatic="5m")) is None
+
+
+def test_who_reads_up_to_its_own_last_mark_has_missed_nothing(desk: Desk) -> None:
+    desk.ask("sys:1000*5m, user:50*5m")
+    assert reason(desk.ask("sys:1000*5m, user:50")) is None
+
+
+def test_an_answer_that_never_began_is_no_change_of_the_prompt(desk: Desk) -> None:
+    built = prompt("sys:1000*5m, user:50")
+    desk.books.charge(ALICE, built.prompt, profiles.find(CLAUDE, "anthropic"), built.lengths)
+    assert reason(desk.ask("sys:1000*5m, user:60")) == "no_boundary"
 
 
 def test_other_reasons_have_other_names(desk: Desk) -> None:
