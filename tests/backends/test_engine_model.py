@@ -206,8 +206,8 @@ def test_the_real_model_answers_after_eviction_as_before(
 ) -> None:
     bytes_per_token = real.core.model.kv_shape.bytes_per_token
     small = make_driver(smollm2, kv_memory=1500 * bytes_per_token, prefill_chunk=48, mixed_chunk=24)
-    for _ in range(2):
-        assert_same(small.ask_together(chat(prompt, NEW_TOKENS) for prompt in PROMPTS), cold)
+    small.ask_together(chat(prompt, 0) for prompt in PROMPTS)  # all of it was cached for a while
+    assert_same(small.ask_together(chat(prompt, NEW_TOKENS) for prompt in PROMPTS), cold)
     stats = small.core.stats()
     assert int(stats["kv_blocks_evicted"]) > 3 * int(stats["kv_blocks"])
     small.core._cache.check()
