@@ -1,9 +1,9 @@
 """An engine driven by hand, step by step, in the caller's own thread: for tests and benchmarks of what it computes.
 
-    driver = Driver(EngineCore(options, policy))
-    asked = driver.submit(request)
-    driver.drain()
-    asked.completion, asked.tokens
+driver = Driver(EngineCore(options, policy))
+asked = driver.submit(request)
+driver.drain()
+asked.completion, asked.tokens
 """
 
 from __future__ import annotations
