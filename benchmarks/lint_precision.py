@@ -1,8 +1,8 @@
-"""How often `anaphora lint` cries wolf: findings on real sessions whose prompts only ever grow.
+"""How often `anaphora lint` cries wolf on real sessions whose prompts only ever grow, and how often it finds a planted fault.
 
 Reads the data sets under $ANAPHORA_DATA (folders `lmcache-agent-trace` and `tau-bench`), turns each session into requests of
-each dialect, and prints what the linter finds. Nothing in these sessions was planted, so every finding printed is one to read
-and judge.
+each dialect, and prints what the linter finds: every such finding is one to read and judge. Then plants one fault at a time in
+the dialogues of tau-bench that have at least six requests.
 
     ANAPHORA_DATA=/path/to/data python benchmarks/lint_precision.py [--show]
 """
@@ -16,6 +16,7 @@ import os
 import sys
 import tarfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from anaphora.lint import Report, lint, read
 
 Message = dict[str, object]
 Line = dict[str, object]
+Plant = Callable[[int, list[Message]], list[Message]]
 MODELS = {"anthropic": "claude-opus-5-5", "openai 5.6": "gpt-5.6-sol", "openai classic": "gpt-4.1"}
 
 
@@ -53,7 +55,51 @@ def main() -> int:
             print(f"{name:32} {dialect:16} {counts} {_codes(report)}")
             for finding in report.findings if show else ():
                 print("   ", finding)
+    print(f"\n{'planted in tau-bench, openai 5.6':32} {'dialogues':>9} {'found':>8} {'other findings':>15}")
+    for code, plant in PLANTS.items():
+        num, found, others = planted(Path(root), code, plant)
+        print(f"{code:32} {num:9} {found:8} {others:15}")
     return 0
+
+
+def planted(root: Path, code: str, plant: Plant) -> tuple[int, int, int]:
+    """Dialogues, each linted alone with one fault in it; those in which it is found; and findings of anything else."""
+    dialogues: dict[str, list[tuple[Line, list[Message]]]] = {}
+    for line, messages in _dialogues(root):
+        dialogues.setdefault(str(line["session"]), []).append((line, messages))
+    num = found = others = 0
+    for requests in dialogues.values():
+        if len(requests) < 6:
+            continue
+        lines = [
+            {**line, "request": {"model": MODELS["openai 5.6"], "messages": plant(number, messages)}}
+            for number, (line, messages) in enumerate(requests)
+        ]
+        codes = Counter(finding.code for finding in lint(read("planted", map(json.dumps, lines))).findings)
+        num, found, others = num + 1, found + (code in codes), others + codes.total() - codes[code]
+    return num, found, others
+
+
+def _in_policy(text: Callable[[int, str], str]) -> Plant:
+    return lambda number, messages: [{**messages[0], "content": text(number, str(messages[0]["content"]))}, *messages[1:]]
+
+
+def _shuffled(number: int, policy: str) -> str:
+    parts = policy.split("\n\n")
+    return "\n\n".join([parts[0], *parts[2:], parts[1]] if number % 2 else parts)
+
+
+PLANTS: dict[str, Plant] = {
+    "timestamp": _in_policy(lambda number, policy: f"Now: 2026-03-02T09:{number:02}:05Z\n{policy}"),
+    "uuid": _in_policy(lambda number, policy: f"Conversation {uuid.UUID(int=number)}\n{policy}"),
+    "request-id": _in_policy(lambda number, policy: f"{policy}\nTrace req_{number:08}x"),
+    "volatile-value": _in_policy(lambda number, policy: f"Turns left: {30 - number}\n{policy}"),
+    "line-endings": _in_policy(lambda number, policy: policy.replace("\n", "\r\n") if number > 2 else policy),
+    "whitespace-drift": _in_policy(lambda number, policy: policy.replace("\n\n", "\n\n\n", number % 2)),
+    "few-shot-shuffle": _in_policy(_shuffled),
+    "system-changed": _in_policy(lambda number, policy: f"{'Be brief. ' if number > 2 else ''}{policy}"),
+    "history-dropped": lambda number, messages: [messages[0], *messages[1:][-9:]],
+}
 
 
 def miniswe_turns(root: Path, model: str) -> Iterator[Line]:
@@ -80,6 +126,11 @@ def miniswe_texts(root: Path, model: str) -> Iterator[Line]:
 def tau_bench(root: Path, model: str) -> Iterator[Line]:
     """Dialogues of an agent with one long policy: a request for every turn of the assistant, seven seconds apart,
     one dialogue every four minutes."""
+    for line, messages in _dialogues(root):
+        yield _line(model, messages, str(line["session"]), float(str(line["timestamp"])))
+
+
+def _dialogues(root: Path) -> Iterator[tuple[Line, list[Message]]]:
     folder = root / "tau-bench"
     policy = (folder / "retail_wiki.md").read_text("utf-8")
     with gzip.open(folder / "MockRetailDomainEnv-few_shot.jsonl.gz", "rt", encoding="utf-8") as rows:
@@ -87,7 +138,8 @@ def tau_bench(root: Path, model: str) -> Iterator[Line]:
             messages: list[Message] = [{"role": "system", "content": policy}]
             for turn in _turns(json.loads(row)["messages_display"]):
                 if turn["role"] == "assistant" and messages[-1]["role"] != "assistant":
-                    yield _line(model, messages, f"dialogue-{number}", 1.7e15 + 1e6 * (7 * len(messages) + 240 * number))
+                    time_us = 1.7e15 + 1e6 * (7 * len(messages) + 240 * number)
+                    yield {"timestamp": time_us, "session": f"dialogue-{number}"}, messages
                 messages = [*messages, turn]
 
 

@@ -264,6 +264,16 @@ def varying_mark() -> list[Line]:
     return lines
 
 
+def marked_reminder() -> list[Line]:
+    lines = session()
+    for body in bodies(lines):
+        body["messages"][0]["content"][0]["text"] += " The log of that night says: " + "booking refused; " * 100
+        body["messages"][-1]["content"][-1].pop("cache_control", None)
+        reminder = {"type": "text", "text": "Reminder: no apologies.", "cache_control": {"type": "ephemeral"}}
+        body["messages"][-1]["content"].append(reminder)
+    return lines
+
+
 def too_short() -> list[Line]:
     lines = session()
     for body in bodies(lines):
@@ -436,6 +446,7 @@ PLANTED: list[tuple[Plant, str, int, str]] = [
     (edited_history, "history-edited", 6, "messages.2.content.0.content"),
     (dropped_history, "history-dropped", 6, "messages.1.content.0"),
     (varying_mark, "mark-on-varying-block", 2, "messages.0.content.0"),
+    (marked_reminder, "mark-on-varying-block", 2, "messages.1.content.0"),
     (too_short, "prefix-too-short", 1, "system.0"),
     (five_marks, "too-many-marks", 8, "messages.14.content.0"),
     (ttl_order, "ttl-order", 8, "messages.14.content.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,8 @@ def test_sarif_has_the_structure_that_hosts_read() -> None:
     assert place["physicalLocation"]["region"]["startLine"] == 2
     assert result["relatedLocations"][0]["physicalLocation"]["region"]["startLine"] == 1
     json.dumps(made)
+
+
+def test_every_code_is_documented_with_its_fix() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "linting.md").read_text("utf-8")
+    assert [code for code, rule in RULES.items() if f"| `{code}` |" not in page or rule.fix not in page] == []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   anaphora lint requests.jsonl
   anaphora lint logs/ --fail-on error
-  my-app --record - | anaphora lint -
+  zcat requests.jsonl.gz | anaphora lint -
   anaphora lint requests.jsonl --sarif > lint.sarif
   anaphora lint requests.jsonl --fix repaired.jsonl
 

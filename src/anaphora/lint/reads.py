@@ -85,14 +85,16 @@ def missed_read(earlier: Sequence[Placed], request: Placed, profile: Profile) ->
             if reason == "gap-over-ttl":
                 one = min((other for other in alive if shared[id(other)] > block), key=lambda other: _age(other, request))
             return Missed(_explained(reason, request, one, block, layout.ends[block] - read), one.layout)
-    if not reasons and _marked(nearest) and _marked(request):
-        block = next(point.block for point in nearest.plan.writes if point.block >= shared[id(nearest)])
-        varying = nearest.layout.pieces[block]
-        here = layout.pieces[min(block, len(layout.pieces) - 1)]
-        return Missed(
-            _bare("mark-on-varying-block", here.place, varying.text or "", here.text or "", potential), nearest.layout
-        )
-    return None
+    varying = next((point.block for point in nearest.plan.writes if point.block >= shared[id(nearest)]), None)
+    if varying is None or not (_marked(nearest) and _marked(request)):
+        return None
+    # With other entries to read from, another last message is no fault; a marked block that the next turn leaves out is one.
+    left_out = varying == shared[id(nearest)] and layout.pieces[-1].message > nearest.layout.pieces[varying].message
+    if reasons and not left_out:
+        return None
+    there, here = nearest.layout.pieces[varying], layout.pieces[min(varying, len(layout.pieces) - 1)]
+    cause = _bare("mark-on-varying-block", here.place, there.text or "", here.text or "", potential - read)
+    return Missed(cause, nearest.layout)
 
 
 def _unreadable(
