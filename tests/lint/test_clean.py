@@ -102,3 +102,29 @@ def test_short_prompts_are_clean_however_they_change() -> None:
     for number, body in enumerate(bodies(lines)):
         body |= {"tools": [], "system": f"Now: 2026-03-02T09:{number:02}:00Z. Mend faults."}
     assert codes(lines) == []
+
+
+def test_two_releases_of_one_prompt_are_clean() -> None:
+    lines, others = session(), session()
+    for line in others:
+        line["session"] = "new release"
+        system = line["request"]["system"][0]
+        system["text"] = system["text"].replace("No apologies", "No excuses")
+        line["request"]["messages"][0]["content"][0]["text"] = "The night audit prints the city tax twice. Why?"
+    assert codes(lines + others) == []
+
+
+def test_tool_results_cleared_once_to_make_room_are_clean() -> None:
+    lines = session()[2:]
+    for number, body in enumerate(bodies(lines)):
+        body["messages"][2]["content"][0]["content"] = "a line of the log\n" * 3000 if number < 3 else "[cleared]"
+    assert codes(lines) == []
+
+
+def test_many_documents_after_one_short_instruction_are_clean() -> None:
+    lines = session()[:6]
+    for number, line in enumerate(lines):
+        words = " ".join(f"word{number}{index}" for index in range(900))
+        line["session"] = f"document-{number}"
+        line["request"]["messages"][0]["content"][0]["text"] = f"Summarise document {number}: {words}"
+    assert codes(lines) == []

@@ -445,7 +445,7 @@ PLANTED: list[tuple[Plant, str, int, str]] = [
     (speed, "tier-changed", 6, "speed"),
     (edited_history, "history-edited", 6, "messages.2.content.0.content"),
     (dropped_history, "history-dropped", 6, "messages.1.content.0"),
-    (varying_mark, "mark-on-varying-block", 2, "messages.0.content.0"),
+    (varying_mark, "mark-on-varying-block", 3, "messages.0.content.0"),
     (marked_reminder, "mark-on-varying-block", 2, "messages.1.content.0"),
     (too_short, "prefix-too-short", 1, "system.0"),
     (five_marks, "too-many-marks", 8, "messages.14.content.0"),

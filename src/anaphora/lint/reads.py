@@ -90,11 +90,17 @@ def missed_read(earlier: Sequence[Placed], request: Placed, profile: Profile) ->
         return None
     # With other entries to read from, another last message is no fault; a marked block that the next turn leaves out is one.
     left_out = varying == shared[id(nearest)] and layout.pieces[-1].message > nearest.layout.pieces[varying].message
-    if reasons and not left_out:
+    if not left_out and (reasons or not _varies(alive, request, shared[id(nearest)])):
         return None
     there, here = nearest.layout.pieces[varying], layout.pieces[min(varying, len(layout.pieces) - 1)]
     cause = _bare("mark-on-varying-block", here.place, there.text or "", here.text or "", potential - read)
     return Missed(cause, nearest.layout)
+
+
+def _varies(alive: Sequence[Placed], request: Placed, index: int) -> bool:
+    """The piece came in three versions at least: two may be two releases of one prompt."""
+    versions = {one.layout.pieces[index].content for one in [*alive, request] if index < len(one.layout.pieces)}
+    return len(versions) > 2
 
 
 def _unreadable(
