@@ -89,10 +89,11 @@ def missed_read(earlier: Sequence[Placed], request: Placed, profile: Profile) ->
     if varying is None or not (_marked(nearest) and _marked(request)):
         return None
     # With other entries to read from, another last message is no fault; a marked block that the next turn leaves out is one.
-    left_out = varying == shared[id(nearest)] and layout.pieces[-1].message > nearest.layout.pieces[varying].message
+    there = nearest.layout.pieces[varying]
+    left_out = varying == shared[id(nearest)] and layout.pieces[-1].message > there.message >= 0
     if not left_out and (reasons or not _varies(alive, request, shared[id(nearest)])):
         return None
-    there, here = nearest.layout.pieces[varying], layout.pieces[min(varying, len(layout.pieces) - 1)]
+    here = layout.pieces[min(varying, len(layout.pieces) - 1)]
     cause = _bare("mark-on-varying-block", here.place, there.text or "", here.text or "", potential - read)
     return Missed(cause, nearest.layout)
 
@@ -108,7 +109,8 @@ def _unreadable(
 ) -> str | None:
     """Code of what keeps the request from reading what `one` wrote behind `block`; None if nothing does."""
     age = _age(one, request)
-    if 0 <= age < PARALLEL_S and one.time_s is not None and shared[id(one)] < len(one.layout.pieces):
+    dated = one.time_s is not None and request.time_s is not None
+    if dated and 0 <= age < PARALLEL_S and shared[id(one)] < len(one.layout.pieces):
         return "parallel-cold-start"
     # Every request that has this prefix has used the entry, and so prolonged its life.
     last = min(_age(other, request) for other in alive if shared[id(other)] > block)
