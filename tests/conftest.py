@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Engines in temporary folders, and their processes, share one place for compiled kernels.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(default_cache_dir()) / "kernels"))
 
+# As in the engine process: compute threads without work must not spin on cores that others need. Before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 TinyModel = Callable[..., Path]
 
 CHATML = (

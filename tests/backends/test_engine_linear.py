@@ -4,6 +4,7 @@ pytest.importorskip("torch")
 
 import torch
 
+from anaphora.backends import engine_linear
 from anaphora.backends.engine_kernels import can_compile
 from anaphora.backends.engine_linear import MOST_ROWS, PartOfLinear, ThinLinear, thin_linears
 
@@ -14,6 +15,11 @@ pytestmark = pytest.mark.skipif(not can_compile(torch.float32, CPU), reason="num
 
 class Special(torch.nn.Linear):
     """Stands for whatever else inherits from Linear: quantised, adapted, ..."""
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_linear, "_LEAST_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -19,6 +19,8 @@ from torch import nn
 from anaphora.backends.engine_kernels import REASSOCIATE, Kernel
 
 MOST_ROWS = 16
+_LEAST_WEIGHTS = 64 * 1024
+"""Smaller layers stay with torch: waking the other cores would cost more than the product."""
 _TILE = 32
 """Weight rows per task."""
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -35,11 +37,11 @@ class ThinLinear(nn.Module):
         self._weight = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
         self._array = self._weight.numpy()
         self._bias = None if all(linear.bias is None for linear in linears) else torch.cat(list(map(_bias, linears)))
-        self._kernel = _build()
+        self._kernel = _build() if self._weight.numel() >= _LEAST_WEIGHTS else None
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         num_out, num_in = self._weight.shape
-        if rows.numel() > MOST_ROWS * num_in:
+        if self._kernel is None or rows.numel() > MOST_ROWS * num_in:
             return F.linear(rows, self._weight, self._bias)
         product = torch.empty((*rows.shape[:-1], num_out))
         self._kernel(rows.contiguous().view(-1, num_in).numpy(), self._array, product.view(-1, num_out).numpy())
