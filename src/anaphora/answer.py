@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Literal
 
+from anaphora.accounting import Bill
 from anaphora.clock import Clock
 from anaphora.events import Answered, Emit, Hit
 from anaphora.flight import Subscription
@@ -57,10 +58,14 @@ class Recalled:
 class Live:
     """An answer that is being computed. Iterated by one task; whoever holds it must call `leave` in the end."""
 
-    __slots__ = ("_meter", "_subscription", "key", "reason", "source")
+    __slots__ = ("_meter", "_subscription", "bill", "key", "reason", "source")
 
-    def __init__(self, subscription: Subscription, source: Source, recalled: Recall, meter: Meter) -> None:
+    def __init__(
+        self, subscription: Subscription, source: Source, recalled: Recall, meter: Meter, bill: Bill | None = None
+    ) -> None:
         self.source = source
+        self.bill = bill
+        """Whose usage the answer carries; None: that of the backend."""
         self.key = recalled.key[:8].hex() if recalled.key is not None else ""
         """Start of the question's key in hex; empty where it has none."""
         self.reason = recalled.misses[-1].reason if recalled.misses else None
@@ -76,7 +81,7 @@ class Live:
             self._meter.finish("failed")
             raise
         self._meter.note(burst)
-        return burst
+        return burst if self.bill is None else self.bill.enter(burst)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while burst := await self.burst():

@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
+from anaphora.accounting import Accounting
 from anaphora.backends.base import Backend
+from anaphora.backends.echo import EchoBackend, Options
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
 from anaphora.config import CacheConfig, Config
@@ -15,6 +17,7 @@ from anaphora.events import Emit, ignore
 from anaphora.gateway import Gateway
 from anaphora.memory import AnswerLevel, Memory
 from anaphora.policies.base import Policy
+from anaphora.promises import Books
 from anaphora.registry import BACKENDS, LEVELS, POLICIES, TIERS
 from anaphora.store import Store, StoreOptions
 from anaphora.tiers.base import Tier
@@ -46,10 +49,13 @@ def build(
     """
     clock = clock or SystemClock()
     backend = _backend(config, say, on_status, engine)
-    catalogue = Catalogue(backend, config.engine.aliases)
+    accounting, further = None, None
+    if isinstance(backend, EchoBackend):  # the emulator: it has no KV cache that could lose what was promised
+        accounting, further = Accounting(backend, Books(clock)), backend.model
+    catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
-    return Gateway(backend, memory, catalogue, clock=clock, emit=emit)
+    return Gateway(backend, memory, catalogue, accounting=accounting, clock=clock, emit=emit)
 
 
 @asynccontextmanager
@@ -76,9 +82,7 @@ def engine_options(config: Config) -> EngineOptions:
 def _backend(config: Config, say: Say | None, on_status: OnStatus | None, address: str | None) -> Backend:
     kind = BACKENDS.load(config.engine.kind)
     if config.engine.kind == "echo":
-        from anaphora.backends.echo import Options
-
-        return cast(Backend, kind(Options(model=config.engine.served_name or "echo")))
+        return cast(Backend, kind(Options(model=config.engine.served_name or "echo", emulates=True)))
     if config.engine.kind == "transformers":
         from anaphora.backends.engine import EngineClient
 

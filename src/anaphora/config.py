@@ -54,7 +54,10 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Gateway processes. They share one engine process and one cache directory."""
     max_body: Size = 32 * MIB
     keys: tuple[ApiKey, ...] = ()
-    """None: everybody is the one local tenant, and only loopback addresses may be listened on."""
+    """None: everybody is the one local tenant (with the echo engine: every key a tenant of its own), and only loopback
+    addresses may be listened on."""
+    virtual_clock: bool = False
+    """Lifetimes follow a clock that stands still until `POST /anaphora/clock` moves it. For tests."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,6 +187,10 @@ def load(
         if setting.path in chosen:
             raw, sources[setting.path] = chosen[setting.path]
             values.setdefault(section, {})[name] = _value(setting, raw, sources[setting.path])
+    if values.get("engine", {}).get("kind") == "echo" and "cache.enabled" not in chosen:
+        # A remembered answer would hide what the emulator is asked for: the accounting of the next request.
+        values.setdefault("cache", {})["enabled"] = False
+        sources["cache.enabled"] = "default of the echo engine"
     config = Config(
         server=ServerConfig(**values.get("server", {})),
         engine=EngineConfig(**values.get("engine", {})),
@@ -378,3 +385,5 @@ def _check(config: Config, environ: Mapping[str, str]) -> None:
             f"server.host: without API keys only a loopback address may be listened on, not {config.server.host}; "
             "add [[server.keys]] or use 127.0.0.1"
         )
+    if config.server.virtual_clock and config.server.workers > 1:
+        raise ConfigError("server.virtual_clock: a clock can only be moved in one process; set server.workers = 1")

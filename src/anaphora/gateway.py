@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from anaphora.accounting import Accounting, Asked
 from anaphora.answer import Answer, Live, Meter, Recalled, Source
 from anaphora.backends.base import Backend
 from anaphora.catalogue import Catalogue
@@ -15,6 +16,7 @@ from anaphora.errors import NotCached
 from anaphora.events import Computed, Emit, Failed, Forgotten, MissReason, ignore
 from anaphora.flight import Flights
 from anaphora.memory import Memory, Recall
+from anaphora.prompt import Prompt
 from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, ModelInfo, Request, Scope
 
@@ -29,21 +31,32 @@ _BYPASS = frozenset({MissReason.SAMPLED, MissReason.PREWARM, MissReason.UNKNOWN_
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What a forget did: in each level of answers, and how many blocks or entries went in the backend."""
+    """What a forget did: in each level of answers, how many blocks or entries went in the backend, how many promises."""
 
     answers: tuple[Forgotten, ...]
     backend: int
+    promises: int = 0
 
 
 class Gateway:
-    """Answers requests from `memory`, or from `backend`, whose models `catalogue` knows. Owns all three."""
+    """Answers requests from `memory`, or from `backend`, whose models `catalogue` knows. Owns all three.
+
+    With `accounting`, usage of what is computed follows the rules of prompt caching."""
 
     def __init__(
-        self, backend: Backend, memory: Memory, catalogue: Catalogue, *, clock: Clock | None = None, emit: Emit = ignore
+        self,
+        backend: Backend,
+        memory: Memory,
+        catalogue: Catalogue,
+        *,
+        accounting: Accounting | None = None,
+        clock: Clock | None = None,
+        emit: Emit = ignore,
     ) -> None:
         self._backend = backend
         self._memory = memory
         self._catalogue = catalogue
+        self._accounting = accounting
         self._clock = clock or SystemClock()
         self._emit = emit
         self._flights = Flights()
@@ -61,13 +74,14 @@ class Gateway:
     def ready(self) -> bool:
         return self._backend.ready()
 
-    async def complete(self, request: Request, control: CacheControl = NO_DIRECTIVES) -> Answer:
-        """Answer one request. Raises ModelNotFound, and NotCached where `only_if_cached` finds nothing.
+    async def complete(self, request: Request, control: CacheControl = NO_DIRECTIVES, asked: Asked | None = None) -> Answer:
+        """Answer one request. Raises ModelNotFound, NotCached where `only_if_cached` finds nothing, and InvalidRequest for a
+        caching field that the model does not have. `asked` None: the backend's own usage is the answer's.
 
         Whatever else goes wrong is raised by the answer, before or between its deltas. Who gets a `Live` answer must
         `leave` it in the end. On a hit in memory this does not suspend.
         """
-        started_s = self._clock.monotonic_s()
+        started_s, arrived_s = self._clock.monotonic_s(), self._clock.now_s()
         model = await self._catalogue.get(request.model)
         if model.id != request.model:
             request = msgspec.structs.replace(request, model=model.id)
@@ -80,6 +94,10 @@ class Gateway:
         if control.only_if_cached:
             raise NotCached("Nothing that this request accepts is cached, and it asks for cached answers only.")
 
+        bill = None
+        if self._accounting is not None and asked is not None:
+            bill = await self._accounting.open(request, asked, arrived_s)
+
         num_forgets = self._num_forgets
 
         async def landed(completion: Completion) -> None:
@@ -91,7 +109,7 @@ class Gateway:
         subscription = self._flights.join(key, lambda: self._backend.run(request), landed)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
         meter = Meter(request, source, started_s, self._clock, self._emit)
-        return Live(subscription, source, recalled, meter)
+        return Live(subscription, source, recalled, meter, bill)
 
     async def models(self) -> tuple[ModelInfo, ...]:
         return await self._catalogue.all()
@@ -100,16 +118,22 @@ class Gateway:
         """Raises ModelNotFound."""
         return await self._catalogue.get(name)
 
-    async def count_tokens(self, request: Request) -> int:
-        """Prompt tokens of `request`, whatever is cached."""
+    async def count_tokens(self, request: Request, prompt: Prompt | None = None) -> int:
+        """Prompt tokens of `request`, whatever is cached; with `prompt`, as they are accounted for."""
         model = await self._catalogue.get(request.model)
-        return await self._backend.count_tokens(msgspec.structs.replace(request, model=model.id))
+        request = msgspec.structs.replace(request, model=model.id)
+        if self._accounting is not None and prompt is not None:
+            counted = await self._accounting.count(request, prompt)
+            if counted is not None:
+                return counted
+        return await self._backend.count_tokens(request)
 
     async def forget(self, scope: Scope) -> Receipt:
         """Forget everything of `scope`. What is being computed now still reaches its clients, and is not learned."""
         self._num_forgets += 1
+        promises = self._accounting.forget(scope) if self._accounting is not None else 0
         answers = await self._memory.forget(scope)
-        return Receipt(answers, await self._backend.forget(scope))
+        return Receipt(answers, await self._backend.forget(scope), promises)
 
     async def stats(self) -> dict[str, Any]:
         """The backend's own counters and gauges by name, as `Backend.stats` gives them."""

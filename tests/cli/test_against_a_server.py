@@ -23,6 +23,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with the echo engine on a free port; stopped as by Ctrl-C, which must be a clean end."""
     folder = tmp_path_factory.mktemp("serve")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ANAPHORA_")}
+    environ["ANAPHORA_CACHE_ENABLED"] = "true"
     command = [sys.executable, "-m", "anaphora", "serve", "--engine", "echo", "--port", "0", "--cache-dir", str(folder)]
     with subprocess.Popen(command, cwd=folder, env=environ, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -18,16 +18,21 @@ MARK = "listening on "
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Serve:
-    """`with serve(toml) as (url, process)`: `anaphora serve` with the echo engine on a free port."""
+    """`with serve(toml) as (url, process)`: `anaphora serve` with the echo engine on a free port. Answers are remembered
+    unless `remember` is False."""
 
     @contextmanager
-    def serving(toml: str = "", *flags: str, folder: Path | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    def serving(
+        toml: str = "", *flags: str, folder: Path | None = None, remember: bool = True
+    ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         folder = folder or tmp_path_factory.mktemp("serve")
         config = folder / "anaphora.toml"
         config.write_text(toml)
         command = [sys.executable, "-m", "anaphora", "serve", "--config", str(config), "--engine", "echo", "--port", "0"]
         command += ["--cache-dir", str(folder / "cache"), *flags]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("ANAPHORA_")}
+        if remember:
+            environ["ANAPHORA_CACHE_ENABLED"] = "true"
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
         assert process.stderr is not None
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from anaphora.prompt import Lengths, Prompt
 from anaphora.types import Delta, ModelInfo, Request, Scope
 
 
@@ -40,3 +41,12 @@ class Backend(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A backend that can tell how long the parts of a prompt are: accounting for prompt caching needs it."""
+
+    async def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
+        """The lengths of `prompt`, which is `request` as prompt caching sees it; None where they cannot be told."""
+        ...

@@ -1,7 +1,10 @@
 """A backend without a model: it says the last user text back, word by word. For tests of the path, and for trying the server.
 
-A token is a word with the white space behind it. Deterministic whatever the sampling says. It honours `max_tokens`, `n`,
-`stop`, `logprobs` and a forced tool call, and can be told to hang, to fail, and to wait for a gate before every delta.
+Deterministic whatever the sampling says. Each delta is one word with the white space behind it, and counts as one output
+token; prompts are counted by `echo_lengths`. It honours `max_tokens`, `n`, `stop`, `logprobs` and a forced tool call, and can
+be told to hang, to fail, and to wait for a gate before every delta.
+
+It also is the engine of the emulator: it answers for every model that a caching profile is known for, beside its own.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from typing import Any
 
 import msgspec
 
+from anaphora.backends import echo_lengths
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ContextTooLong
+from anaphora.profiles import known, match
+from anaphora.prompt import Lengths, Prompt
 from anaphora.types import (
     Begin,
     Delta,
@@ -38,13 +44,17 @@ WORD = re.compile(r"\s*\S+\s*|\s+")
 LOGPROB = -0.5
 """Of every word: an echo is as sure of each."""
 
+EMULATED_INPUT_TOKENS = 1_000_000
+
 Gate = Callable[[int], Awaitable[None]]
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str = "echo"
     max_input_tokens: int = 32_768
-    """Prompt words plus `max_tokens` beyond this are a ContextTooLong."""
+    """Prompt tokens plus `max_tokens` beyond this are a ContextTooLong."""
+    emulates: bool = False
+    """It also answers as any model that a caching profile is known for, with `EMULATED_INPUT_TOKENS` of context."""
 
 
 class EchoBackend:
@@ -61,6 +71,9 @@ class EchoBackend:
         """Runs that are over, however it came to that. `runs - closed` are under way."""
         self._clock = clock or SystemClock()
         self._started = False
+        own = ModelInfo(self.options.model, max_input_tokens=self.options.max_input_tokens, fingerprint="echo-1")
+        names = [profile.name for profile in known()] if self.options.emulates else []
+        self._models = (own, *(_emulated(name) for name in names if name != own.id))
 
     async def start(self) -> None:
         self._started = True
@@ -69,15 +82,21 @@ class EchoBackend:
         return self._started
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        options = self.options
-        return (ModelInfo(options.model, max_input_tokens=options.max_input_tokens, fingerprint="echo-1"),)
+        return self._models
+
+    def model(self, name: str) -> ModelInfo | None:
+        """A model that is not among `models`, but is answered for all the same: a variant, a snapshot, a platform's name."""
+        return _emulated(name) if self.options.emulates and match(name) is not None else None
 
     async def run(self, request: Request) -> AsyncIterator[Delta]:
         started_s = self._clock.monotonic_s()
         prompt_tokens = _prompt_tokens(request)
-        room = self.options.max_input_tokens - prompt_tokens
+        context = self.options.max_input_tokens
+        if request.model != self.options.model and self.model(request.model) is not None:
+            context = EMULATED_INPUT_TOKENS
+        room = context - prompt_tokens
         if room < (request.max_tokens or 0):
-            raise ContextTooLong(f"The prompt has {prompt_tokens} words; the context holds {self.options.max_input_tokens}.")
+            raise ContextTooLong(f"The prompt has {prompt_tokens} tokens; the context holds {context}.")
         self.runs += 1
         try:
             for index, delta in enumerate(_answer(request, prompt_tokens, room)):
@@ -92,6 +111,9 @@ class EchoBackend:
 
     async def count_tokens(self, request: Request) -> int:
         return _prompt_tokens(request)
+
+    async def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
+        return echo_lengths.lengths(prompt)
 
     async def forget(self, scope: Scope) -> int:
         return 0
@@ -112,6 +134,10 @@ def fail_at(index: int, error: Exception | None = None) -> Gate:
             raise error or BackendFailed("The echo was told to fail.")
 
     return gate
+
+
+def _emulated(name: str) -> ModelInfo:
+    return ModelInfo(name, max_input_tokens=EMULATED_INPUT_TOKENS, fingerprint="echo-1")
 
 
 # -- what it says ------------------------------------------------------------------------------------------------------
@@ -137,7 +163,7 @@ def _raw(prompt: str | tuple[int, ...]) -> str:
 
 def _prompt_tokens(request: Request) -> int:
     texts = [_text(message) for message in request.messages] + [_raw(prompt) for prompt in request.prompts]
-    return max(1, sum(len(_words(text)) for text in texts))
+    return max(1, sum(len(echo_lengths.tokens(text)) for text in texts))
 
 
 def _questions(request: Request) -> list[str]:

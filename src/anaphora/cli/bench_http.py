@@ -96,6 +96,7 @@ def _serving(cache: Path, *flags: str) -> Iterator[str]:
 def _started(command: list[str]) -> Iterator[str]:
     """A server process that prints where it listens; ended on the way out."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ANAPHORA_")}
+    environ["ANAPHORA_CACHE_ENABLED"] = "true"  # the echo engine remembers no answers on its own
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, cwd=tempfile.gettempdir())
     assert process.stderr is not None
     try:

@@ -13,7 +13,7 @@ FLAGS = (
     ("server.port", "--port", "PORT", "port to listen on"),
     ("server.workers", "--workers", "N", "gateway processes"),
     ("engine.model", "--model", "MODEL", "smollm2, a local folder, a GGUF file, or a Hugging Face id"),
-    ("engine.kind", "--engine", "KIND", "transformers, or echo (answers with its own prompt; for trying things out)"),
+    ("engine.kind", "--engine", "KIND", "transformers, or echo (no model: emulates providers' prompt caching)"),
     ("engine.kv_memory", "--kv-memory", "SIZE", "memory for reusable KV blocks, such as 2GiB"),
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
     ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),
@@ -23,7 +23,7 @@ FLAGS = (
 EXAMPLES = """\
   anaphora serve                                   SmolLM2 on http://127.0.0.1:8080
   anaphora serve --model ./my-model --port 9000    a model folder of your own
-  anaphora serve --engine echo                     without a model
+  anaphora serve --engine echo --virtual-clock     no model: prompt caching of every provider's models, for tests
 """
 
 
@@ -32,12 +32,20 @@ def register(commands: Commands) -> None:
     add_config_flag(parser)
     for setting, flag, placeholder, text in FLAGS:
         parser.add_argument(flag, dest=setting, metavar=placeholder, help=text)
+    parser.add_argument(
+        "--virtual-clock",
+        dest="server.virtual_clock",
+        action="store_const",
+        const="true",
+        help="lifetimes follow a clock that POST /anaphora/clock moves; for tests",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns when the server was stopped. Raises ConfigError for settings it cannot start with."""
     given = vars(args)
-    flags = {setting: given[setting] for setting, *_ in FLAGS if given[setting] is not None}
+    settings = [setting for setting, *_ in FLAGS] + ["server.virtual_clock"]
+    flags = {setting: given[setting] for setting in settings if given[setting] is not None}
     loaded = load(args.config, flags)
     for warning in loaded.warnings:
         print(f"anaphora: warning: {warning}", file=sys.stderr)

@@ -12,19 +12,22 @@ from anaphora.types import LOCAL_TENANT, Tenant
 
 class Keyring:
     """Who may ask. Keeps digests only: looking one up takes the same time however much of a guess is right, and no key can
-    end up in a log. Without keys everybody is the one local tenant."""
+    end up in a log. Without keys everybody is the one local tenant; with `any_key` every key is a tenant of its own then."""
 
-    def __init__(self, keys: Mapping[str, Tenant]) -> None:
+    def __init__(self, keys: Mapping[str, Tenant], *, any_key: bool = False) -> None:
         self._tenants = {_digest(key.encode()): tenant for key, tenant in keys.items()}
+        self._any_key = any_key
 
     def __bool__(self) -> bool:
         return bool(self._tenants)
 
     def tenant(self, authorization: bytes | None, api_key: bytes | None) -> Tenant:
         """The tenant of `Authorization: Bearer KEY` or `x-api-key: KEY`. Raises Unauthenticated."""
-        if not self._tenants:
+        if not self._tenants and not self._any_key:
             return LOCAL_TENANT
         key = api_key if api_key is not None else _bearer(authorization)
+        if not self._tenants:
+            return LOCAL_TENANT if key is None else Tenant(f"key-{_digest(key).hex()[:16]}")
         if key is None:
             raise Unauthenticated(
                 "No API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.", code="missing_api_key"

@@ -11,15 +11,17 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from anaphora.accounting import Asked, Bill
 from anaphora.answer import Live, Recalled
-from anaphora.errors import BackendFailed, InvalidRequest, NotFound, ServiceError
+from anaphora.clock import ManualClock
+from anaphora.errors import BackendFailed, InvalidRequest, NotFound, PermissionDenied, ServiceError
 from anaphora.server import headers
 from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, Sender, id_header
 from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import CONTENT_TYPE
 from anaphora.types import Begin, Delta, End, Scope, Tenant
 from anaphora.wire import sse
-from anaphora.wire.base import Dialect, Parsed, StreamWriter
+from anaphora.wire.base import Dialect, Parsed, Rendering, StreamWriter
 from anaphora.wire.openai_common import render_model, render_models
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,13 @@ class Answers(Endpoint):
         parse = self._parse_again if len(body) <= _SHORT_BODY else self._parse
         parsed = parse(body, call.tenant, call.version)
         control = headers.cache_control(call.head.get(b"cache-control"))
-        answer = await self.api.gateway.complete(parsed.request, control)
+        asked = Asked(lambda: parsed.prompt, self._dialect.answer_id(call.ids))
+        answer = await self.api.gateway.complete(parsed.request, control, asked)
         if isinstance(answer, Recalled):
             await self._recalled(call, parsed, answer)
         else:
-            await self._live(call, parsed, answer)
+            rendering = parsed.rendering if answer.bill is None else _billed(parsed.rendering, answer.bill)
+            await self._live(call, rendering, answer)
 
     async def _recalled(self, call: Call, parsed: Parsed, answer: Recalled) -> None:
         raw = [id_header(self._dialect, call.ids), *headers.of_answer(answer, 0)]
@@ -77,34 +81,34 @@ class Answers(Endpoint):
         raw.append(JSON)
         await call.sender.whole(200, raw, self._dialect.render(answer.completion, parsed.rendering, call.ids))
 
-    async def _live(self, call: Call, parsed: Parsed, answer: Live) -> None:
+    async def _live(self, call: Call, rendering: Rendering, answer: Live) -> None:
         gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
         gone.add_done_callback(lambda _: answer.leave())
         try:
-            if parsed.rendering.stream:
-                await self._stream(call, parsed, answer)
+            if rendering.stream:
+                await self._stream(call, rendering, answer)
             else:
-                await self._whole(call, parsed, answer)
+                await self._whole(call, rendering, answer)
         finally:
             gone.cancel()
             answer.leave()
 
-    async def _whole(self, call: Call, parsed: Parsed, answer: Live) -> None:
+    async def _whole(self, call: Call, rendering: Rendering, answer: Live) -> None:
         completion = await answer.whole()
         if completion is None:  # the client is gone: nobody to answer to
             return
         raw = self._headers(call, answer, completion.usage.kv_reused_tokens)
         raw.append(JSON)
-        await call.sender.whole(200, raw, self._dialect.render(completion, parsed.rendering, call.ids))
+        await call.sender.whole(200, raw, self._dialect.render(completion, rendering, call.ids))
 
-    async def _stream(self, call: Call, parsed: Parsed, answer: Live) -> None:
+    async def _stream(self, call: Call, rendering: Rendering, answer: Live) -> None:
         """The head waits for the first delta: so an error before it has a status of its own, and the reuse is known."""
         burst = await answer.burst()
         if not burst:
             return
         reused = burst[0].usage.kv_reused_tokens if isinstance(burst[0], Begin) else 0
         await call.sender.start(200, _EVENTS + self._headers(call, answer, reused))
-        writer = self._dialect.writer(parsed.rendering, call.ids)
+        writer = self._dialect.writer(rendering, call.ids)
         try:
             while burst and not isinstance(burst[-1], End):
                 await _feed(call.sender, writer, burst)
@@ -122,6 +126,17 @@ class Answers(Endpoint):
         return [id_header(self._dialect, call.ids), *headers.of_answer(answer, kv_reused_tokens)]
 
 
+def _billed(rendering: Rendering, bill: Bill) -> Rendering:
+    """With what the profile makes of caching: which counters there are, and the comparison that was asked for."""
+    charge = bill.charge
+    return msgspec.structs.replace(
+        rendering,
+        writes_billed=charge.profile.accounting == "openai-breakpoints",
+        diagnosed=charge.diagnoses,
+        diagnosis=charge.diagnosis,
+    )
+
+
 async def _feed(sender: Sender, writer: StreamWriter, burst: list[Delta]) -> None:
     if events := b"".join(map(writer.feed, burst)):
         await sender.more(events)
@@ -137,8 +152,8 @@ class CountTokens(Endpoint):
     """`POST /v1/messages/count_tokens`."""
 
     async def answer(self, call: Call) -> None:
-        request = ANTHROPIC.parse_count_tokens(await call.body(), tenant=call.tenant, version=call.version)
-        num_tokens = await self.api.gateway.count_tokens(request)
+        parsed = ANTHROPIC.parse_count(await call.body(), tenant=call.tenant, version=call.version)
+        num_tokens = await self.api.gateway.count_tokens(parsed.request, parsed.prompt)
         await call.json(ANTHROPIC.render_count(num_tokens), ANTHROPIC)
 
 
@@ -237,6 +252,25 @@ class Stats(Endpoint):
             "backend": await gateway.stats(),
         }
         await call.json(msgspec.json.encode(figures))
+
+
+class _Move(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    advance_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+
+
+class MoveClock(Endpoint):
+    """`POST /anaphora/clock` with `{"advance_s"}`: moves the virtual clock, for everybody. It never goes back."""
+
+    async def answer(self, call: Call) -> None:
+        clock = self.api.clock
+        if not isinstance(clock, ManualClock):
+            raise PermissionDenied("This server follows the real clock; start it with --virtual-clock to move it.")
+        try:
+            move = msgspec.json.decode(await call.body(), type=_Move)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"The body is wrong: {error}.") from error
+        clock.advance(move.advance_s)
+        await call.json(msgspec.json.encode({"now_s": clock.now_s()}))
 
 
 class _WhatToForget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -20,7 +21,7 @@ import uvicorn
 
 from anaphora.backends.engine_ipc import Status
 from anaphora.build import build, engine_options
-from anaphora.clock import SystemClock
+from anaphora.clock import Clock, ManualClock, SystemClock
 from anaphora.config import Config, api_keys
 from anaphora.errors import ConfigError
 from anaphora.events import Event
@@ -85,7 +86,8 @@ async def answer(
 ) -> None:
     """Serve on `listener` until a signal comes, or until `orphaned` returns. ConfigError where the gateway's own engine says
     that it will never be ready as configured."""
-    metrics, ledger, clock = Metrics(), Ledger(), SystemClock()
+    metrics, ledger = Metrics(), Ledger()
+    clock: Clock = ManualClock(float(int(time.time()))) if config.server.virtual_clock else SystemClock()
 
     def emit(event: Event) -> None:
         metrics.record(event)
@@ -102,7 +104,8 @@ async def answer(
 
     gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=on_status, engine=engine)
     announcer.watch(gateway)
-    app = App(Api(gateway, Keyring(keys), metrics, ledger, clock, config.server.max_body))
+    keyring = Keyring(keys, any_key=config.engine.kind == "echo")
+    app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body))
     settings = uvicorn.Config(
         app,
         http="httptools",

@@ -80,6 +80,7 @@ _KNOWN = (
 
 class Anthropic(Dialect):
     name = "anthropic"
+    answer_prefix = "msg_"
 
     def parse(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Parsed:
         return self._parse(body, tenant, version, answers=True)

@@ -97,6 +97,11 @@ class Dialect(ABC):
     """One wire format. Stateless: one instance serves all requests."""
 
     name: str
+    answer_prefix: str
+    """In front of `Ids.id` it makes the id of an answer."""
+
+    def answer_id(self, ids: Ids) -> str:
+        return self.answer_prefix + ids.id
 
     @abstractmethod
     def parse(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Parsed:

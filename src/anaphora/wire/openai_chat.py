@@ -92,6 +92,7 @@ _KNOWN = (
 
 class OpenAIChat(OpenAIDialect):
     name = "openai_chat"
+    answer_prefix = "chatcmpl-"
 
     def _read(self, body: Json, tenant: Tenant) -> Parsed:
         for key in ("functions", "function_call"):

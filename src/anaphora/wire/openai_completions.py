@@ -48,6 +48,7 @@ _KNOWN = (
 
 class OpenAICompletions(OpenAIDialect):
     name = "openai_completions"
+    answer_prefix = "cmpl-"
 
     def _read(self, body: Json, tenant: Tenant) -> Parsed:
         model = named(body, "model")

@@ -98,6 +98,7 @@ _LOGPROBS = "message.output_text.logprobs"
 
 class OpenAIResponses(OpenAIDialect):
     name = "openai_responses"
+    answer_prefix = "resp_"
 
     def _read(self, body: Json, tenant: Tenant) -> Parsed:
         for key in _STATEFUL:
