@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from anaphora.config import default_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# How fast examples are made says more about the machine's other work than about the code.
+settings.register_profile("anaphora", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("anaphora")
 
 # Engines in temporary folders, and their processes, share one place for compiled kernels.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(default_cache_dir()) / "kernels"))
