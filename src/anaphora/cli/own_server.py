@@ -41,7 +41,9 @@ class OwnServer:
         self._reader.start()
         self._listening.wait()
         if not self.url:
-            raise ServerProblem(self._obituary())
+            problem = ServerProblem(self._obituary())
+            self.__exit__()
+            raise problem
         return self
 
     def __exit__(self, *exc: object) -> None:
