@@ -417,7 +417,7 @@ def test_the_machine_finds(fault: str) -> None:
 
     quick = settings(
         DETERMINISTIC,
-        max_examples=300,
+        max_examples=3000,  # the search ends with the first find; the rarest faults need some hundred examples
         phases=(Phase.generate,),
         report_multiple_bugs=False,
     )
