@@ -146,10 +146,11 @@ def _tools_like_first(body: Object, first: list[str]) -> bool:
     if order == list(range(len(tools))):
         return False
     marks = [mapping(tool).pop("cache_control", None) for tool in tools]
-    body["tools"] = [tools[index] for index in order]
-    for tool, mark in zip(objects(body["tools"]), marks, strict=True):
+    ordered = [tools[index] for index in order]
+    body["tools"] = ordered
+    for tool, mark in zip(ordered, marks, strict=True):
         # A breakpoint belongs to the position, not to the tool that happened to stand there.
-        if mark is not None:
+        if mark is not None and isinstance(tool, dict):
             tool["cache_control"] = mark
     return True
 
