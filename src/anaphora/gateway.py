@@ -86,7 +86,11 @@ class Gateway:
         if model.id != request.model:
             request = msgspec.structs.replace(request, model=model.id)
 
+        num_ended = self._flights.num_ended
         recalled = await self._recall(request, control)
+        if recalled.hit is None and self._flights.num_ended != num_ended:
+            # A flight ended while a slower tier was being asked: it may have been this question's, so look again.
+            recalled = await self._recall(request, control)
         if recalled.hit is not None:
             answer = Recalled(recalled.hit, recalled.key or recalled.hit.key)
             self._emit(answer.answered(request, self._clock.monotonic_s() - started_s))
