@@ -19,7 +19,7 @@ class Special(torch.nn.Linear):
 
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_linear, "_LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(engine_linear, "LEAST_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -19,9 +19,9 @@ from torch import nn
 from anaphora.backends.engine_kernels import REASSOCIATE, Kernel
 
 MOST_ROWS = 16
-_LEAST_WEIGHTS = 64 * 1024
+LEAST_WEIGHTS = 64 * 1024
 """Smaller layers stay with torch: waking the other cores would cost more than the product."""
-_TILE = 32
+TILE = 32
 """Weight rows per task."""
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers that are called one after the other on the same input, in transformers' decoders."""
@@ -34,10 +34,10 @@ class ThinLinear(nn.Module):
         super().__init__()
         weights = [linear.weight.detach() for linear in linears]
         # A single layer's weight is shared, not copied: it may be tied to the embeddings.
-        self._weight = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
+        self._weight = weights[0].contiguous() if len(weights) == 1 else _joined(weights)
         self._array = self._weight.numpy()
         self._bias = None if all(linear.bias is None for linear in linears) else torch.cat(list(map(_bias, linears)))
-        self._kernel = _build() if self._weight.numel() >= _LEAST_WEIGHTS else None
+        self._kernel = _build() if self._weight.numel() >= LEAST_WEIGHTS else None
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         num_out, num_in = self._weight.shape
@@ -92,6 +92,17 @@ def thin_linears(net: nn.Module) -> None:
             setattr(module, name, ThinLinear(linear))
 
 
+def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
+    """All rows as one matrix: without a copy where they lie one behind the other already."""
+    first, end = weights[0], 0
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not weight.is_contiguous() or weight.storage_offset() != first.storage_offset() + end:
+            return torch.cat(weights)
+        end += weight.numel()
+    return first.as_strided((end // first.shape[1], first.shape[1]), (first.shape[1], 1))
+
+
 def _bias(linear: nn.Linear) -> torch.Tensor:
     return torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
 
@@ -104,8 +115,8 @@ def _build() -> Kernel:
         """product[m, r] = rows[m] · weight[r]; four rows of the batch share each pass over a weight row."""
         num_rows, num_in = rows.shape
         num_out = weight.shape[0]
-        for tile in numba.prange((num_out + _TILE - 1) // _TILE):
-            for r in range(tile * _TILE, min((tile + 1) * _TILE, num_out)):
+        for tile in numba.prange((num_out + TILE - 1) // TILE):
+            for r in range(tile * TILE, min((tile + 1) * TILE, num_out)):
                 for m in range(0, num_rows - 3, 4):
                     a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
                     for i in range(num_in):

@@ -35,10 +35,10 @@ class KVPool:
         # before it was written.
         arena = (shape.num_layers, 2, shape.num_kv_heads, arena_tokens, shape.head_dim)
         block = (num_blocks, shape.num_layers, 2, shape.num_kv_heads, block_size, shape.head_dim)
-        self._arena = torch.empty(arena, dtype=shape.dtype, device=device)
+        self.arena = torch.empty(arena, dtype=shape.dtype, device=device)
         self._blocks = torch.empty(block, dtype=shape.dtype, device=device)
-        self.keys = [self._arena[layer, 0] for layer in range(shape.num_layers)]
-        self.values = [self._arena[layer, 1] for layer in range(shape.num_layers)]
+        self.keys = [self.arena[layer, 0] for layer in range(shape.num_layers)]
+        self.values = [self.arena[layer, 1] for layer in range(shape.num_layers)]
 
     def load(self, block_ids: Sequence[int], start: int) -> None:
         """Copy blocks into the arena, one after the other from position `start` on."""
@@ -54,11 +54,11 @@ class KVPool:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy `length` positions inside the arena; the extents must not overlap."""
-        self._arena[:, :, :, target : target + length].copy_(self._arena[:, :, :, source : source + length])
+        self.arena[:, :, :, target : target + length].copy_(self.arena[:, :, :, source : source + length])
 
     def _span(self, start: int, count: int) -> torch.Tensor:
         """`count` blocks' worth of arena positions as [layers, 2, kv_heads, count, block_size, head_dim]."""
-        span = self._arena[:, :, :, start : start + count * self.block_size]
+        span = self.arena[:, :, :, start : start + count * self.block_size]
         return span.view(*span.shape[:3], count, self.block_size, span.shape[4])
 
 
