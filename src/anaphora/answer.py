@@ -7,7 +7,7 @@ from typing import Literal
 
 from anaphora.accounting import Bill
 from anaphora.clock import Clock
-from anaphora.events import Answered, Emit, Hit
+from anaphora.events import Answered, Emit, Hit, Miss
 from anaphora.flight import Subscription
 from anaphora.memory import Recall
 from anaphora.transcript import Collector, replay
@@ -32,11 +32,14 @@ NO_USAGE = Usage()
 class Recalled:
     """An answer from the cache. Times in seconds."""
 
-    __slots__ = ("age_s", "completion", "key", "saved_s", "ttl_s")
+    __slots__ = ("age_s", "completion", "key", "level", "misses", "saved_s", "ttl_s")
     source: Source = "hit"
 
-    def __init__(self, hit: Hit[Completion], key: Key) -> None:
+    def __init__(self, hit: Hit[Completion], key: Key, misses: tuple[Miss, ...] = ()) -> None:
         self.completion = hit.value
+        self.level = hit.level
+        self.misses = misses
+        """Of the levels that were asked before."""
         self.key = key[:8].hex()
         """Start of the question's key in hex. (The entry's own may be derived from it.)"""
         self.age_s = hit.age_s
@@ -58,7 +61,7 @@ class Recalled:
 class Live:
     """An answer that is being computed. Iterated by one task; whoever holds it must call `leave` in the end."""
 
-    __slots__ = ("_meter", "_subscription", "bill", "key", "reason", "source")
+    __slots__ = ("_meter", "_subscription", "bill", "key", "misses", "reason", "source")
 
     def __init__(
         self, subscription: Subscription, source: Source, recalled: Recall, meter: Meter, bill: Bill | None = None
@@ -68,6 +71,8 @@ class Live:
         """Whose usage the answer carries; None: that of the backend."""
         self.key = recalled.key[:8].hex() if recalled.key is not None else ""
         """Start of the question's key in hex; empty where it has none."""
+        self.misses = recalled.misses
+        """Of all levels of the answer cache."""
         self.reason = recalled.misses[-1].reason if recalled.misses else None
         """Why it was not recalled. None: no level was asked."""
         self._subscription = subscription

@@ -58,6 +58,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     addresses may be listened on."""
     virtual_clock: bool = False
     """Lifetimes follow a clock that stands still until `POST /anaphora/clock` moves it. For tests."""
+    explanations: Natural = 128
+    """Requests of each tenant, the latest ones, that can be explained."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -92,7 +92,7 @@ class Gateway:
             # A flight ended while a slower tier was being asked: it may have been this question's, so look again.
             recalled = await self._recall(request, control)
         if recalled.hit is not None:
-            answer = Recalled(recalled.hit, recalled.key or recalled.hit.key)
+            answer = Recalled(recalled.hit, recalled.key or recalled.hit.key, recalled.misses)
             self._emit(answer.answered(request, self._clock.monotonic_s() - started_s))
             return answer
         if control.only_if_cached:

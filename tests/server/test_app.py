@@ -17,6 +17,7 @@ from anaphora.catalogue import Catalogue
 from anaphora.clock import SystemClock
 from anaphora.errors import EngineDied, QueueFull
 from anaphora.events import Event, Miss, Stored
+from anaphora.explain import Explanations
 from anaphora.gateway import Gateway
 from anaphora.ledger import Ledger
 from anaphora.levels.exact import ExactLevel, ExactOptions
@@ -76,7 +77,7 @@ async def site(gate: Gate | None = None, keys: dict[str, Tenant] | None = None, 
     catalogue = Catalogue(backend)
     memory = Memory([level], fingerprint=catalogue.fingerprint, emit=emit)
     gateway = Gateway(backend, memory, catalogue, clock=clock, emit=emit)
-    app = App(Api(gateway, Keyring(keys or {}), metrics, ledger, clock, MAX_BODY))
+    app = App(Api(gateway, Keyring(keys or {}), metrics, ledger, clock, MAX_BODY, Explanations(clock)))
     if start:
         await gateway.start()
     listener = listen("127.0.0.1", 0)

@@ -44,6 +44,8 @@ class App:
                 Route("/ready", routes.Ready(api), methods=["GET"]),
                 Route("/metrics", routes.MetricsPage(api), methods=["GET"]),
                 Route("/anaphora/stats", routes.Stats(api), methods=["GET"]),
+                Route("/anaphora/explain", routes.Explain(api), methods=["GET"]),
+                Route("/anaphora/explain/{id}", routes.Explain(api), methods=["GET"]),
                 Route("/anaphora/clock", routes.MoveClock(api), methods=["POST"]),
                 Route("/anaphora/forget", routes.Forget(api, self._hot.values()), methods=["POST"]),
             ],

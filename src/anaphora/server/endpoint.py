@@ -14,6 +14,7 @@ from starlette.types import Scope as Connection
 
 from anaphora.clock import Clock
 from anaphora.errors import BackendFailed, InvalidRequest, NotCached, ServiceError, TooLarge
+from anaphora.explain import Explanations
 from anaphora.gateway import Gateway
 from anaphora.ledger import Ledger
 from anaphora.server import headers
@@ -43,6 +44,7 @@ class Api(msgspec.Struct):
     clock: Clock
     max_body: int
     """Bytes; a longer request body is refused with 413."""
+    explanations: Explanations
 
 
 class Endpoint:

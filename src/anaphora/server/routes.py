@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -15,6 +15,7 @@ from anaphora.accounting import Asked, Bill
 from anaphora.answer import Live, Recalled
 from anaphora.clock import ManualClock
 from anaphora.errors import BackendFailed, InvalidRequest, NotFound, PermissionDenied, ServiceError
+from anaphora.explain import Trail
 from anaphora.server import headers
 from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, Sender, id_header
 from anaphora.server.headers import RawHeaders
@@ -26,9 +27,12 @@ from anaphora.wire.openai_common import render_model, render_models
 
 log = logging.getLogger(__name__)
 
+Shape = TypeVar("Shape")
+
 _EVENTS = [(b"content-type", sse.CONTENT_TYPE.encode() + b"; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
+_BUG = "Something went wrong inside Anaphora."
 _SHORT_BODY = 32 << 10
 _NUM_PARSED = 256
 """Bodies of at most `_SHORT_BODY` bytes of which the parsed form is kept, for each dialect."""
@@ -60,16 +64,33 @@ class Answers(Endpoint):
 
     async def answer(self, call: Call) -> None:
         body = await call.body()
+        answer_id = self._dialect.answer_id(call.ids)
+        trail = self.api.explanations.open(call.tenant, f"req_{call.ids.id}", answer_id, self._dialect.name)
+        try:
+            await self._answer(call, body, answer_id, trail)
+        except ServiceError as error:
+            trail.failed(error.message)
+            raise
+        except Exception:  # of any kind, and it goes on its way
+            trail.failed(_BUG)
+            raise
+        finally:
+            trail.over("left")
+
+    async def _answer(self, call: Call, body: bytes, answer_id: str, trail: Trail) -> None:
         parse = self._parse_again if len(body) <= _SHORT_BODY else self._parse
         parsed = parse(body, call.tenant, call.version)
+        trail.model = parsed.request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
-        asked = Asked(lambda: parsed.prompt, self._dialect.answer_id(call.ids))
+        asked = Asked(lambda: parsed.prompt, answer_id)
         answer = await self.api.gateway.complete(parsed.request, control, asked)
         if isinstance(answer, Recalled):
+            trail.recalled(answer)
             await self._recalled(call, parsed, answer)
         else:
+            self.api.explanations.note(call.tenant, trail, answer, asked)
             rendering = parsed.rendering if answer.bill is None else _billed(parsed.rendering, answer.bill)
-            await self._live(call, rendering, answer)
+            await self._live(call, rendering, answer, trail)
 
     async def _recalled(self, call: Call, parsed: Parsed, answer: Recalled) -> None:
         raw = [id_header(self._dialect, call.ids), *headers.of_answer(answer, 0)]
@@ -81,32 +102,35 @@ class Answers(Endpoint):
         raw.append(JSON)
         await call.sender.whole(200, raw, self._dialect.render(answer.completion, parsed.rendering, call.ids))
 
-    async def _live(self, call: Call, rendering: Rendering, answer: Live) -> None:
+    async def _live(self, call: Call, rendering: Rendering, answer: Live, trail: Trail) -> None:
         gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
         gone.add_done_callback(lambda _: answer.leave())
         try:
             if rendering.stream:
-                await self._stream(call, rendering, answer)
+                await self._stream(call, rendering, answer, trail)
             else:
-                await self._whole(call, rendering, answer)
+                await self._whole(call, rendering, answer, trail)
         finally:
             gone.cancel()
             answer.leave()
 
-    async def _whole(self, call: Call, rendering: Rendering, answer: Live) -> None:
+    async def _whole(self, call: Call, rendering: Rendering, answer: Live, trail: Trail) -> None:
         completion = await answer.whole()
         if completion is None:  # the client is gone: nobody to answer to
             return
+        trail.reused(completion.usage.kv_reused_tokens)
+        trail.over("finished")
         raw = self._headers(call, answer, completion.usage.kv_reused_tokens)
         raw.append(JSON)
         await call.sender.whole(200, raw, self._dialect.render(completion, rendering, call.ids))
 
-    async def _stream(self, call: Call, rendering: Rendering, answer: Live) -> None:
+    async def _stream(self, call: Call, rendering: Rendering, answer: Live, trail: Trail) -> None:
         """The head waits for the first delta: so an error before it has a status of its own, and the reuse is known."""
         burst = await answer.burst()
         if not burst:
             return
         reused = burst[0].usage.kv_reused_tokens if isinstance(burst[0], Begin) else 0
+        trail.reused(reused)
         await call.sender.start(200, _EVENTS + self._headers(call, answer, reused))
         writer = self._dialect.writer(rendering, call.ids)
         try:
@@ -114,12 +138,16 @@ class Answers(Endpoint):
                 await _feed(call.sender, writer, burst)
                 burst = await answer.burst()
         except ServiceError as error:
+            trail.failed(error.message)
             await call.sender.last(writer.fail(error))
             return
         except Exception:  # the status is out; the stream can still say that it failed
             log.exception("a stream failed unexpectedly (req_%s)", call.ids.id)
-            await call.sender.last(writer.fail(BackendFailed("Something went wrong inside Anaphora.")))
+            trail.failed(_BUG)
+            await call.sender.last(writer.fail(BackendFailed(_BUG)))
             return
+        if burst:  # else the client is gone
+            trail.over("finished")
         await call.sender.last(b"".join(map(writer.feed, burst)))
 
     def _headers(self, call: Call, answer: Live, kv_reused_tokens: int) -> RawHeaders:
@@ -168,7 +196,7 @@ class Models(Endpoint):
             body = ANTHROPIC.render_model(model) if anthropic else render_model(model)
         else:
             models = await self.api.gateway.models()
-            page = _page(call)
+            page = _query(call, _Page)
             body = (
                 ANTHROPIC.render_models(models, limit=page.limit, after_id=page.after_id, before_id=page.before_id)
                 if anthropic
@@ -183,10 +211,10 @@ class _Page(msgspec.Struct, frozen=True):
     before_id: str | None = None
 
 
-def _page(call: Call) -> _Page:
+def _query(call: Call, shape: type[Shape]) -> Shape:
     query = dict(parse_qsl(call.connection["query_string"].decode("latin-1")))
     try:
-        return msgspec.convert(query, _Page, strict=False)
+        return msgspec.convert(query, shape, strict=False)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"The query is wrong: {error}.") from error
 
@@ -254,6 +282,28 @@ class Stats(Endpoint):
         await call.json(msgspec.json.encode(figures))
 
 
+class Explain(Endpoint):
+    """`GET /anaphora/explain/{id}`: why that request of the caller's tenant was answered as it was; the id is the request's or
+    its answer's. `GET /anaphora/explain?limit=`: the latest ones."""
+
+    async def answer(self, call: Call) -> None:
+        explanations = self.api.explanations
+        name = call.connection["path_params"].get("id")
+        if name is None:
+            limit = _query(call, _Latest).limit
+            await call.json(msgspec.json.encode({"requests": explanations.latest(call.tenant, limit)}))
+            return
+        found = explanations.find(call.tenant, name)
+        if found is None:
+            kept = f"the latest {explanations.size} requests of this tenant that this process answered"
+            raise NotFound(f"'{name}' is not among {kept}.", code="not_explained")
+        await call.json(msgspec.json.encode(found))
+
+
+class _Latest(msgspec.Struct, frozen=True):
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 20
+
+
 class _Move(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advance_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
@@ -293,5 +343,7 @@ class Forget(Endpoint):
             raise InvalidRequest(f"The body is wrong: {error}.") from error
         for answers in self._answers:
             answers.forget()
-        receipt = await self.api.gateway.forget(Scope(tenant=call.tenant, tag=what.tag, model=what.model))
+        scope = Scope(tenant=call.tenant, tag=what.tag, model=what.model)
+        self.api.explanations.forget(scope)
+        receipt = await self.api.gateway.forget(scope)
         await call.json(msgspec.json.encode(receipt))

@@ -25,6 +25,7 @@ from anaphora.clock import Clock, ManualClock, SystemClock
 from anaphora.config import Config, api_keys
 from anaphora.errors import ConfigError
 from anaphora.events import Event
+from anaphora.explain import Explanations
 from anaphora.ledger import Ledger
 from anaphora.server.app import App
 from anaphora.server.auth import Keyring, check_bind
@@ -105,7 +106,8 @@ async def answer(
     gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=on_status, engine=engine)
     announcer.watch(gateway)
     keyring = Keyring(keys, any_key=config.engine.kind == "echo")
-    app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body))
+    explanations = Explanations(clock, size=config.server.explanations)
+    app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body, explanations))
     settings = uvicorn.Config(
         app,
         http="httptools",
