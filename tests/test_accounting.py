@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from anaphora.backends.echo import EchoBackend, Gate, Options, fail_at
 from anaphora.catalogue import Catalogue
 from anaphora.clock import ManualClock
 from anaphora.errors import BackendFailed, InvalidRequest
+from anaphora.forgets import Forgets
 from anaphora.gateway import Gateway
 from anaphora.memory import Memory
 from anaphora.promises import Books
@@ -47,14 +49,14 @@ class Reusing(EchoBackend):
 
 
 class Bench:
-    def __init__(self, *, gate: Gate | None = None, block_size: int | None = None) -> None:
+    def __init__(self, *, gate: Gate | None = None, block_size: int | None = None, forgets: Forgets | None = None) -> None:
         self.clock = ManualClock(0.0)
         self.backend = Reusing(Options(emulates=True), gate=gate, clock=self.clock)
         self.books = Books(self.clock)
         accounting = Accounting(self.backend, self.books, block_size=block_size)
         catalogue = Catalogue(self.backend, further=self.backend.model)
         memory = Memory([], fingerprint=catalogue.fingerprint)
-        self.gateway = Gateway(self.backend, memory, catalogue, accounting=accounting, clock=self.clock)
+        self.gateway = Gateway(self.backend, memory, catalogue, accounting=accounting, forgets=forgets, clock=self.clock)
 
     async def begin(self, raw: bytes | None = None) -> Live:
         parsed = WIRE.parse(raw or body(), tenant=Tenant("alice"))
@@ -149,6 +151,20 @@ def test_a_read_that_the_engine_had_to_compute_again_is_a_write() -> None:
     run(test)
 
 
+def test_forgetting_in_another_process_forgets_the_promises_here(tmp_path: Path) -> None:
+    async def test() -> None:
+        here, there = (Bench(forgets=Forgets(tmp_path / "forgets")) for _ in range(2))
+        assert [await here.ask(), await here.ask()] == [written(1000), Usage(50, 2, 1000)]
+        await there.gateway.forget(Scope(tenant=Tenant("alice")))
+        assert await here.ask() == written(1000)
+        under_way = await here.begin(body(rules=2000))  # it has its bill, and has not begun to answer
+        await there.gateway.forget(Scope(tenant=Tenant("alice")))
+        assert await usage(under_way) == written(2000)
+        assert await here.ask(body(rules=2000)) == written(2000)
+
+    run(test)
+
+
 def test_forgetting_a_tenant_forgets_its_promises() -> None:
     async def test() -> None:
         bench = Bench()
@@ -214,3 +230,12 @@ def test_the_same_words_in_another_role_are_another_prompt() -> None:
     one, two = (echo_lengths.lengths(prompt).steps for prompt in prompts)
     assert len(one) == len(two) == 2
     assert set(one).isdisjoint(two)
+
+
+def test_a_model_of_ones_own_keeps_its_sampling_whatever_it_is_accounted_for_like() -> None:
+    async def test() -> None:
+        bench = Bench()
+        sampled = msgspec.json.encode({**msgspec.json.decode(body()), "temperature": 0.5})
+        assert await bench.ask(sampled) == written(1000)
+
+    run(test)

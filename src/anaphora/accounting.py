@@ -68,21 +68,32 @@ class Accounting:
     """Opens bills. `block_size` is that of the backend's KV cache; None: it has none to lose, so every promise is kept."""
 
     def __init__(
-        self, backend: Measuring, books: Books, *, like: str | Sequence[str] | None = None, block_size: int | None = None
+        self,
+        backend: Measuring,
+        books: Books,
+        *,
+        like: str | Sequence[str] | None = None,
+        block_size: int | None = None,
+        hosted: bool = False,
     ) -> None:
+        """`hosted`: the models stand for the provider's own, and refuse what those refuse. One of our own that is accounted for
+        like them keeps its sampling."""
         self._backend = backend
         self._books = books
         self._like = like
         self._block_size = block_size
+        self._hosted = hosted
 
     async def open(self, request: Request, asked: Asked, started_s: float) -> Bill | None:
         """The bill of a request that arrived at `started_s` (Unix time). None: the backend cannot tell its prompt's length.
 
-        InvalidRequest: the model that is accounted for does not have a caching field of the body.
+        InvalidRequest: the model that is accounted for does not have a field of the body.
         """
         prompt = asked.prompt()
         profile = find(prompt.model, prompt.dialect, self._like)
         refusal = profile.refusal(prompt)
+        if refusal is None and self._hosted:
+            refusal = profile.refused_sampling(request.sampling)
         if refusal is not None:
             raise InvalidRequest(refusal.message, param=refusal.param, code=refusal.code)
         lengths = await self._backend.measure(request, prompt)

@@ -254,7 +254,8 @@ def test_v15_speed_leaves_the_tools(claude: Claude) -> None:
 
 
 def test_v17_what_never_matters(claude: Claude) -> None:
-    claude.ask(part(50), system=system(1000, **M5))
+    model = "claude-haiku-5-5"  # newer Opus and Fable models take no sampling parameters at all
+    claude.ask(part(50), system=system(1000, **M5), model=model)
     old = {"anthropic-version": "2023-06-01"}
     for change in (
         {"extra_body": {"temperature": 0.5}, "extra_headers": old},
@@ -264,7 +265,19 @@ def test_v17_what_never_matters(claude: Claude) -> None:
         {"stop_sequences": ["stop"]},
         {"metadata": {"user_id": "me"}},
     ):
-        assert claude.ask(part(50), system=system(1000, **M5), **change) == (50, 1000, 0, 0), change
+        assert claude.ask(part(50), system=system(1000, **M5), model=model, **change) == (50, 1000, 0, 0), change
+
+
+@pytest.mark.parametrize("model", ["claude-opus-5", "claude-opus-4-7", "claude-fable-5-1"])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k"])
+def test_models_that_take_no_sampling_parameters_refuse_them_in_every_version(claude: Claude, model: str, field: str) -> None:
+    with pytest.raises(anthropic.BadRequestError, match=f"{field}: this parameter is not supported by {model}"):
+        claude.send(
+            model=model,
+            messages=[user(part(5))],
+            extra_body={field: 1},
+            extra_headers={"anthropic-version": "2023-06-01"},
+        )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import msgspec
 
 from anaphora.errors import ConfigError
 from anaphora.prompt import TTL, Prompt
+from anaphora.types import Sampling
 
 Dialect = Literal["anthropic", "openai"]
 Accounting = Literal["anthropic", "openai-classic", "openai-breakpoints"]
@@ -91,7 +92,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     thinking_ahead: bool = False
     """Thinking and effort are rendered before the tools: changing them invalidates everything."""
     rejects_sampling: bool = False
-    """temperature, top_p and top_k get 400 in every version of the API."""
+    """temperature, top_p and top_k get 400 in every version of the API, from the provider's own model."""
     writes_dev_end: bool = False
     """Implicit mode also writes at the end of the initial developer messages (P8)."""
     explicit_first: int = 2
@@ -123,6 +124,13 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if prompt.retention is not None and self.retentions and prompt.retention not in self.retentions:
             text = f"prompt_cache_retention '{prompt.retention}' is not supported on this model"
             return Refusal(text, "prompt_cache_retention", "invalid_parameter")
+        return None
+
+    def refused_sampling(self, sampling: Sampling) -> Refusal | None:
+        """Why the provider's model answers with 400: a sampling parameter that it does not take, whatever its value."""
+        for name in ("temperature", "top_p", "top_k") if self.rejects_sampling else ():
+            if getattr(sampling, name) is not None:
+                return Refusal(f"{name}: this parameter is not supported by {self.name}", name, "invalid_parameter")
         return None
 
 
