@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -14,14 +15,16 @@ from anaphora.catalogue import Catalogue
 from anaphora.clock import ManualClock
 from anaphora.config import Buckets
 from anaphora.errors import BackendFailed, ModelNotFound, NotCached
-from anaphora.events import Answered, Computed, Event, Failed, Forgotten, Hit, Miss, Refused, Stored
+from anaphora.events import Answered, Computed, Event, Failed, Forgotten, Hit, Miss, MissReason, Refused, RefusedReason, Stored
+from anaphora.forgets import Forgets
 from anaphora.gateway import Gateway
 from anaphora.levels.base import Question
 from anaphora.levels.exact import ExactLevel, ExactOptions
 from anaphora.memory import AnswerLevel, Memory
 from anaphora.policies.lru import LRU
-from anaphora.store import Store
-from anaphora.tiers.base import TierStats
+from anaphora.store import Mark, Store
+from anaphora.tiers.base import Tier, TierStats
+from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
 from anaphora.types import CacheControl, Completion, Key, Message, ModelInfo, Request, Sampling, Scope, Tenant, TextPart
 
@@ -35,16 +38,20 @@ class Bench:
         sampled: Literal["reuse", "never"] | Buckets = "reuse",
         levels: list[AnswerLevel] | None = None,
         backend: EchoBackend | None = None,
+        folder: Path | None = None,
+        forgets: Forgets | None = None,
     ) -> None:
         self.clock = ManualClock()
         self.events: list[Event] = []
         self.backend = backend or EchoBackend(clock=self.clock)
         policy: LRU[Key] = LRU()
-        tier = RamTier(RamOptions(), policy=policy, clock=self.clock)
-        level = ExactLevel(ExactOptions(sampled=sampled), store=Store([tier], clock=self.clock), clock=self.clock)
+        tiers: list[Tier] = [RamTier(RamOptions(), policy=policy, clock=self.clock)]
+        if folder is not None:
+            tiers.append(DiskTier(DiskOptions(str(folder)), clock=self.clock))
+        level = ExactLevel(ExactOptions(sampled=sampled), store=Store(tiers, clock=self.clock), clock=self.clock)
         catalogue = Catalogue(self.backend, ["also-echo"])
         memory = Memory([level] if levels is None else levels, fingerprint=catalogue.fingerprint, emit=self.events.append)
-        self.gateway = Gateway(self.backend, memory, catalogue, clock=self.clock, emit=self.events.append)
+        self.gateway = Gateway(self.backend, memory, catalogue, forgets=forgets, clock=self.clock, emit=self.events.append)
 
     def of(self, kind: type[Event]) -> list[Event]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -291,28 +298,128 @@ def test_what_was_being_computed_when_it_was_forgotten_is_not_learned() -> None:
         assert text(await whole(answer)) == "to be or not"
         await bench.settled()
         assert bench.of(Stored) == []
+        assert [event.reason for event in bench.events if isinstance(event, Refused)] == [RefusedReason.FORGOTTEN]
 
     run(body)
 
 
+def test_who_asks_after_a_forget_does_not_join_a_computation_from_before_it() -> None:
+    async def body() -> None:
+        gate = Gate(at=2)
+        bench = Bench(backend=EchoBackend(gate=gate))
+        before = await bench.gateway.complete(ask())
+        await gate.reached.wait()
+        await bench.gateway.forget(Scope(tenant=ask().tenant))
+        after = await bench.gateway.complete(ask())
+        assert after.source == "miss"
+        gate.open.set()
+        assert text(await whole(before)) == text(await whole(after)) == "to be or not"
+        await bench.settled()
+        assert bench.backend.runs == 2
+        assert len(bench.of(Stored)) == 1
+
+    run(body)
+
+
+# -- several gateway processes of one server -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", ["nothing but the news", "a folder", "the folder alone"])
+def test_what_another_process_forgets_while_it_is_being_computed_here_is_not_learned(share: str, tmp_path: Path) -> None:
+    async def body() -> None:
+        gate = Gate(at=2)
+        # The folder alone: another server on the same cache directory, whose forgets are no news here.
+        news = [None if share == "the folder alone" else Forgets(tmp_path / "forgets") for _ in range(2)]
+        folder = None if share == "nothing but the news" else tmp_path / "answers"
+        here = Bench(backend=EchoBackend(gate=gate), folder=folder, forgets=news[0])
+        there = Bench(folder=folder, forgets=news[1])
+        answer = await here.gateway.complete(ask())
+        await gate.reached.wait()
+        assert (await there.gateway.forget(Scope(tenant=ask().tenant))).answers[0].complete
+        gate.open.set()
+        assert text(await whole(answer)) == "to be or not"
+        await here.settled()
+        assert here.of(Stored) == []
+        assert [event.reason for event in here.events if isinstance(event, Refused)] == [RefusedReason.FORGOTTEN]
+        again = await here.gateway.complete(ask())
+        assert again.source == "miss"
+        await whole(again)
+        await here.gateway.aclose()
+        await there.gateway.aclose()
+
+    run(body)
+
+
+def test_what_another_process_forgets_is_gone_here_at_the_next_question_or_before_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        here, there = (Bench(forgets=Forgets(tmp_path / "forgets")) for _ in range(2))
+        told: list[Scope] = []
+        here.gateway.on_forget(told.append)
+        for tenant in ("a", "b"):
+            await whole(await here.gateway.complete(ask(tenant=Tenant(tenant))))
+        await here.settled()
+        await there.gateway.forget(Scope(tenant=Tenant("a")))
+        assert (await here.gateway.complete(ask(tenant=Tenant("b")))).source == "hit"
+        assert (await here.gateway.complete(ask(tenant=Tenant("a")))).source == "miss"
+        await there.gateway.forget(Scope(tenant=Tenant("b")))
+        here.gateway.heed()  # without any question
+        assert (await here.gateway.memory_stats())["exact"]["ram"].num_entries == 0
+        assert told == [Scope(tenant=Tenant("a")), Scope(tenant=Tenant("b"))]
+
+    run(body)
+
+
+def test_a_level_that_cannot_drop_what_another_process_forgot_fails_no_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        bench = Bench(levels=[Broken("drop")], forgets=Forgets(tmp_path / "forgets"))
+        Forgets(tmp_path / "forgets").tell(Scope())
+        assert text(await whole(await bench.gateway.complete(ask()))) == "to be or not"
+        assert [event.operation for event in bench.events if isinstance(event, Failed)] == ["drop"]
+
+    run(body)
+    assert "failed to drop" in caplog.text
+
+
 class Broken:
-    """A level that cannot do anything."""
+    """A level that fails at some of what it is asked."""
 
     name = "broken"
 
-    def lookup_now(self, question: Question) -> Hit[Completion] | Miss | None:
-        raise OSError("broken")
+    def __init__(self, *verbs: str) -> None:
+        self.verbs = verbs
+
+    def _try(self, verb: str) -> None:
+        if verb in self.verbs:
+            raise OSError("broken")
 
     async def lookup(self, question: Question) -> Hit[Completion] | Miss:
-        raise OSError("broken")
+        self._try("lookup")
+        return Miss(self.name, MissReason.ABSENT)
 
     async def learn(
-        self, question: Question, value: Completion, *, clean: bool, cost_s: float, tags: tuple[str, ...] = ()
+        self,
+        question: Question,
+        value: Completion,
+        *,
+        clean: bool,
+        cost_s: float,
+        tags: tuple[str, ...] = (),
+        since: Mark | None = None,
     ) -> Stored | Refused:
-        raise OSError("broken")
+        self._try("learn")
+        return Stored(self.name, question.key, 1)
+
+    def mark(self) -> Mark:
+        self._try("mark")
+        return ()
 
     async def forget(self, scope: Scope) -> Forgotten:
         raise OSError("broken")
+
+    def drop(self, scope: Scope) -> None:
+        self._try("drop")
 
     async def stats(self) -> dict[str, TierStats]:
         return {}
@@ -322,12 +429,17 @@ class Broken:
     async def aclose(self) -> None: ...
 
 
-def test_where_the_cache_fails_the_request_succeeds_and_the_failure_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("verb", ["mark", "lookup", "learn"])
+def test_where_the_cache_fails_the_request_succeeds_and_the_failure_is_counted(
+    verb: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def body() -> None:
-        bench = Bench(levels=[Broken()])
+        bench = Bench(levels=[Broken(verb)])
         assert text(await whole(await bench.gateway.complete(ask()))) == "to be or not"
         await bench.settled()
-        assert len(bench.of(Failed)) == 2
+        assert len(bench.of(Failed)) == 1
+        # Who could not be asked cannot tell what was forgotten meanwhile: nothing is learned then.
+        assert bench.of(Stored) == []
 
     run(body)
     assert "goes on without it" in caplog.text

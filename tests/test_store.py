@@ -240,6 +240,70 @@ def test_a_read_that_another_process_forget_overtook_brings_nothing_back() -> No
     run(body())
 
 
+def test_what_was_asked_for_before_a_forget_is_not_kept_after_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        here, there = (Store([ram(clock), disk(clock, tmp_path)], clock=clock) for _ in range(2))
+        asked = here.mark()
+        assert here.put(make_key(1), b"v", tenant=A, since=asked)
+        await here.flush()
+        assert (await there.forget(Scope(tenant=A))).complete  # another process on the same folder
+        assert not here.put(make_key(1), b"v", tenant=A, since=asked)
+        assert here.put(make_key(2), b"v", tenant=A, since=here.mark())
+        asked = here.mark()
+        here.drop(Scope(tenant=B))  # another process that shares no tier
+        assert not here.put(make_key(3), b"v", tenant=A, since=asked)
+        assert set(await here.get_many([make_key(number) for number in range(4)])) == {make_key(2)}
+        await here.aclose()
+        await there.aclose()
+
+    run(body())
+
+
+class Overtaken(SlowTier):
+    """Another process forgets right after the epoch was read."""
+
+    overtake = False
+
+    def epoch(self) -> int:
+        epoch = self.current_epoch
+        self.current_epoch += self.overtake
+        return epoch
+
+
+def test_a_forget_between_a_puts_look_at_the_epoch_and_its_write_wins() -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        slow = Overtaken(clock)
+        store = Store([ram(clock), slow], clock=clock)
+        asked = store.mark()
+        slow.overtake = True
+        assert store.put(make_key(1), b"v", tenant=A, since=asked)  # nothing to see yet
+        slow.overtake = False
+        await store.flush()
+        assert await store.get(make_key(1)) is None
+        assert await slow.keys() == []
+
+    run(body())
+
+
+def test_what_another_process_forgets_is_dropped_here_and_the_rest_stays() -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        slow = SlowTier(clock)
+        store = Store([ram(clock), slow], clock=clock)
+        slow.gate.clear()
+        for number in range(4):
+            store.put(make_key(number), b"v", tenant=A if number < 2 else B)
+        await slow.arrived.wait()
+        store.drop(Scope(tenant=A))
+        assert [store.get_now(make_key(number)) is not None for number in range(4)] == [False, False, True, True]
+        slow.gate.set()
+        await store.flush()
+
+    run(body())
+
+
 def test_a_write_that_a_forget_overtook_is_undone_by_it() -> None:
     async def body() -> None:
         clock = ManualClock()

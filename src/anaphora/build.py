@@ -14,6 +14,7 @@ from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
 from anaphora.config import CacheConfig, Config
 from anaphora.events import Emit, ignore
+from anaphora.forgets import Forgets
 from anaphora.gateway import Gateway
 from anaphora.memory import AnswerLevel, Memory
 from anaphora.policies.base import Policy
@@ -41,11 +42,13 @@ def build(
     say: Say | None = None,
     on_status: OnStatus | None = None,
     engine: str | None = None,
+    forgets: Forgets | None = None,
 ) -> Gateway:
     """A gateway that is not started yet. Raises ConfigError.
 
     `on_status` is told what a loading engine is at, `say` what became of its process. `engine` is the address of an engine
-    process that already runs (one serves all gateway workers of a machine); without it the gateway starts its own.
+    process that already runs (one serves all gateway workers of a machine); without it the gateway starts its own. `forgets`
+    is what those workers tell each other.
     """
     clock = clock or SystemClock()
     backend = _backend(config, say, on_status, engine)
@@ -55,7 +58,7 @@ def build(
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
-    return Gateway(backend, memory, catalogue, accounting=accounting, clock=clock, emit=emit)
+    return Gateway(backend, memory, catalogue, accounting=accounting, forgets=forgets, clock=clock, emit=emit)
 
 
 @asynccontextmanager

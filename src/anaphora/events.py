@@ -63,6 +63,8 @@ class RefusedReason(StrEnum):
     """The model's fingerprint is not known (yet), so there is no key."""
     NO_LEVEL = "no_level"
     """The answer cache is turned off."""
+    FORGOTTEN = "forgotten"
+    """Something was forgotten since the question was asked: the answer may be just that."""
 
 
 class Hit(msgspec.Struct, Generic[V_co], frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from anaphora.clock import Clock, SystemClock
 from anaphora.errors import NotCached
 from anaphora.events import Computed, Emit, Failed, Forgotten, MissReason, ignore
 from anaphora.flight import Flights
+from anaphora.forgets import Forgets
 from anaphora.memory import Memory, Recall
 from anaphora.prompt import Prompt
 from anaphora.tiers.base import TierStats
@@ -41,7 +43,8 @@ class Receipt(msgspec.Struct, frozen=True):
 class Gateway:
     """Answers requests from `memory`, or from `backend`, whose models `catalogue` knows. Owns all three.
 
-    With `accounting`, usage of what is computed follows the rules of prompt caching."""
+    With `accounting`, usage of what is computed follows the rules of prompt caching. `forgets` is what tells several gateway
+    processes of one server what one of them was asked to forget."""
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Gateway:
         catalogue: Catalogue,
         *,
         accounting: Accounting | None = None,
+        forgets: Forgets | None = None,
         clock: Clock | None = None,
         emit: Emit = ignore,
     ) -> None:
@@ -60,7 +64,8 @@ class Gateway:
         self._clock = clock or SystemClock()
         self._emit = emit
         self._flights = Flights()
-        self._num_forgets = 0
+        self._forgets = forgets
+        self._on_forget: list[Callable[[Scope], object]] = []
 
     async def start(self) -> None:
         await self._backend.start()
@@ -87,6 +92,7 @@ class Gateway:
             request = msgspec.structs.replace(request, model=model.id)
 
         num_ended = self._flights.num_ended
+        self.heed()
         recalled = await self._recall(request, control)
         if recalled.hit is None and self._flights.num_ended != num_ended:
             # A flight ended while a slower tier was being asked: it may have been this question's, so look again.
@@ -102,14 +108,12 @@ class Gateway:
         if self._accounting is not None and asked is not None:
             bill = await self._accounting.open(request, asked, arrived_s)
 
-        num_forgets = self._num_forgets
-
         async def landed(completion: Completion) -> None:
             self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s))
-            if num_forgets == self._num_forgets:  # else it may hold what was to be forgotten
-                await self._learn(request, model, control, completion, recalled)
+            await self._learn(request, model, control, completion, recalled)
 
-        key = None if _alone(recalled, control) else (recalled.key, request.max_tokens)
+        # With the mark: who asks after a forget does not get an answer from before it.
+        key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, recalled.mark)
         subscription = self._flights.join(key, lambda: self._backend.run(request), landed)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
         meter = Meter(request, source, started_s, self._clock, self._emit)
@@ -133,9 +137,13 @@ class Gateway:
         return await self._backend.count_tokens(request)
 
     async def forget(self, scope: Scope) -> Receipt:
-        """Forget everything of `scope`. What is being computed now still reaches its clients, and is not learned."""
-        self._num_forgets += 1
-        promises = self._accounting.forget(scope) if self._accounting is not None else 0
+        """Forget everything of `scope`. What is being computed now still reaches its clients, and is not learned.
+
+        The server's other gateway processes heed it before they answer anything more.
+        """
+        if self._forgets is not None:
+            self._forgets.tell(scope)  # first: nothing that another one looks up or learns from here on is of before
+        promises = self._drop(scope)
         answers = await self._memory.forget(scope)
         return Receipt(answers, await self._backend.forget(scope), promises)
 
@@ -144,6 +152,27 @@ class Gateway:
         return await self._backend.stats()
 
     async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
+    def heed(self) -> None:
+        """Forget here what any gateway process of this server was asked to forget since the last call. Immediate."""
+        if self._forgets is None:
+            return
+        for scope in self._forgets.news():
+            self._drop(scope)
+            try:
+                self._memory.drop(scope)
+            except Exception as error:  # as in `_recall`
+                self._cache_failed("drop", error)
+
+    def on_forget(self, forget: Callable[[Scope], object]) -> None:
+        """Have `forget` called with every scope: for those who remember something of requests beside memory."""
+        self._on_forget.append(forget)
+
+    def _drop(self, scope: Scope) -> int:
+        """Drop what this process has beside memory; how many promises went."""
+        for forget in self._on_forget:
+            forget(scope)
+        return 0 if self._accounting is None else self._accounting.forget(scope)
+
         """Level name → tier name → figures of the answer cache."""
         return await self._memory.stats()
 
@@ -160,8 +189,10 @@ class Gateway:
         self, request: Request, model: ModelInfo, control: CacheControl, completion: Completion, recalled: Recall
     ) -> None:
         try:
-            if await self._catalogue.get(model.id) == model:  # else another model answered than the key says
-                await self._memory.learn(request, control, completion, clean=True, key=recalled.key)
+            if recalled.mark is None or await self._catalogue.get(model.id) != model:
+                return  # what was forgotten meanwhile is not known; or another model answered than the key says
+            self.heed()
+            await self._memory.learn(request, control, completion, clean=True, key=recalled.key, since=recalled.mark)
         except Exception as error:  # likewise: the clients have their answer already
             self._cache_failed("learn", error)
 

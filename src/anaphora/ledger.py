@@ -1,14 +1,17 @@
-"""What was spent and what was saved, per tenant, in tokens and seconds, since the process started. Fed with events."""
+"""What was spent and what was saved, per tenant, in tokens and seconds, since the server started. Fed with events."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import msgspec
 
 from anaphora.events import Answered, Computed, Event
+from anaphora.sums import Sums
 from anaphora.types import Tenant
 
 
-class Account(msgspec.Struct):
+class Account(msgspec.Struct, frozen=True):
     """Sums of one tenant. `saved_*` is what hits and collapsed requests would have cost; `computed_*` what was paid for."""
 
     num_requests: int = 0
@@ -26,53 +29,73 @@ class Account(msgspec.Struct):
     saved_s: float = 0.0
 
 
+_PLACES = {name: place for place, name in enumerate(Account.__struct_fields__)}
+
+
 class Ledger:
-    def __init__(self) -> None:
-        self._accounts: dict[Tenant, Account] = {}
+    """Adds to `sums`, which several gateway processes may share."""
+
+    def __init__(self, sums: Sums | None = None) -> None:
+        self._sums = Sums() if sums is None else sums
 
     def record(self, event: Event) -> None:
         """Takes every event; most do not concern it."""
         if isinstance(event, Answered):
-            self._answered(self._of(event.tenant), event)
+            self._answered(event)
         elif isinstance(event, Computed):
-            self._computed(self._of(event.tenant), event)
+            self._computed(event)
 
     def accounts(self) -> dict[Tenant, Account]:
-        """The accounts as they are now; not to be changed."""
-        return self._accounts
+        """The accounts as they are now."""
+        return {Tenant(tenant): _account(cells) for (tenant,), cells in self._totals().items()}
 
     def account(self, tenant: Tenant) -> Account:
-        return self._accounts.get(tenant, Account())
+        return self.accounts().get(tenant, Account())
 
     def total(self) -> Account:
         """All tenants together."""
-        total = Account()
-        for account in self._accounts.values():
-            for field in Account.__struct_fields__:
-                setattr(total, field, getattr(total, field) + getattr(account, field))
-        return total
+        return _account([sum(cells) for cells in zip(*self._totals().values(), strict=True)])
 
-    def _of(self, tenant: Tenant) -> Account:
-        account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = Account()
-        return account
+    def _totals(self) -> dict[tuple[str, ...], list[float]]:
+        return self._sums.totals().get("account", {})
 
-    def _answered(self, account: Account, event: Answered) -> None:
-        account.num_requests += 1
-        account.num_failed += event.outcome == "failed"
-        account.num_left += event.outcome == "left"
-        if event.outcome != "finished" or event.source not in ("hit", "collapsed"):
+    def _answered(self, event: Answered) -> None:
+        outcome = event.outcome
+        if outcome != "finished":
+            self._add(event.tenant, num_requests=1, num_failed=outcome == "failed", num_left=outcome == "left")
             return
-        account.num_hits += event.source == "hit"
-        account.num_collapsed += event.source == "collapsed"
-        account.saved_input_tokens += event.usage.prompt_tokens
-        account.saved_output_tokens += event.usage.output_tokens
-        account.saved_s += event.saved_s
+        source, usage = event.source, event.usage
+        if source not in ("hit", "collapsed"):
+            self._add(event.tenant, num_requests=1)
+            return
+        self._add(
+            event.tenant,
+            num_requests=1,
+            num_hits=source == "hit",
+            num_collapsed=source == "collapsed",
+            saved_input_tokens=usage.prompt_tokens,
+            saved_output_tokens=usage.output_tokens,
+            saved_s=event.saved_s,
+        )
 
-    def _computed(self, account: Account, event: Computed) -> None:
-        account.num_computed += 1
-        account.computed_input_tokens += event.usage.prompt_tokens - event.usage.kv_reused_tokens
-        account.computed_output_tokens += event.usage.output_tokens
-        account.computed_s += event.compute_s
-        account.kv_reused_tokens += event.usage.kv_reused_tokens
+    def _computed(self, event: Computed) -> None:
+        usage = event.usage
+        self._add(
+            event.tenant,
+            num_computed=1,
+            computed_input_tokens=usage.prompt_tokens - usage.kv_reused_tokens,
+            computed_output_tokens=usage.output_tokens,
+            computed_s=event.compute_s,
+            kv_reused_tokens=usage.kv_reused_tokens,
+        )
+
+    def _add(self, tenant: Tenant, **amounts: float) -> None:
+        row = self._sums.row(("account", tenant), len(_PLACES))
+        cells = self._sums.cells
+        for name, amount in amounts.items():
+            cells[row + _PLACES[name]] += amount
+
+
+def _account(cells: Sequence[float]) -> Account:
+    """Counts are whole numbers, times are not: as the fields' defaults say. Without any cells: nothing."""
+    return Account(*[type(zero)(cell) for zero, cell in zip(Account.__struct_defaults__, cells, strict=False)])

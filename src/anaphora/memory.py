@@ -12,11 +12,14 @@ import msgspec
 from anaphora.events import Emit, Forgotten, Hit, Miss, MissReason, Refused, RefusedReason, Stored, ignore
 from anaphora.keys import request_key
 from anaphora.levels.base import Level, Question
+from anaphora.store import Mark as LevelMark
 from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, Key, Request, Scope
 
 NO_WISHES = CacheControl()
 AnswerLevel = Level[Question, Completion]
+Mark = tuple[LevelMark, ...]
+"""One for each level."""
 
 
 class Recall(msgspec.Struct, frozen=True):
@@ -26,6 +29,8 @@ class Recall(msgspec.Struct, frozen=True):
     """What makes requests the same question, also for sharing one computation. None: the model is not known."""
     hit: Hit[Completion] | None
     misses: tuple[Miss, ...] = ()
+    mark: Mark | None = None
+    """What had been forgotten when the recall began. None: memory could not be asked."""
 
 
 class Memory:
@@ -41,20 +46,21 @@ class Memory:
 
     async def recall(self, request: Request, control: CacheControl = NO_WISHES) -> Recall:
         """The remembered answer. Does not suspend where it is in this process's memory."""
+        mark = tuple([level.mark() for level in self._levels])
         key = self._key(request)
         if key is None:
             miss = Miss("memory", MissReason.UNKNOWN_MODEL)
             self._emit(miss)
-            return Recall(None, None, (miss,))
+            return Recall(None, None, (miss,), mark)
         question = Question(request, key, control)
         misses: list[Miss] = []
         for level in self._levels:
             answer = await level.lookup(question)
             self._emit(answer)
             if isinstance(answer, Hit):
-                return Recall(key, answer, tuple(misses))
+                return Recall(key, answer, tuple(misses), mark)
             misses.append(answer)
-        return Recall(key, None, tuple(misses))
+        return Recall(key, None, tuple(misses), mark)
 
     async def learn(
         self,
@@ -65,11 +71,13 @@ class Memory:
         clean: bool,
         key: Key | None = None,
         tags: tuple[str, ...] = (),
+        since: Mark | None = None,
     ) -> Stored | Refused:
         """Keep `completion` where it may be kept; the first level's word on it that says Stored, else the last one's.
 
         `clean`: the answer was seen to its `End`. `key` is the recall's: an answer belongs to the question as it was when
-        it was asked, even if the model has been replaced since.
+        it was asked, even if the model has been replaced since. `since` is the recall's mark: what was being computed while
+        something was forgotten is not learned (invariant 7).
         """
         key = self._key(request) if key is None else key
         outcomes: list[Stored | Refused] = []
@@ -78,8 +86,10 @@ class Memory:
         else:
             question = Question(request, key, control)
             cost_s = completion.compute_s
+            marks = (None,) * len(self._levels) if since is None else since
             outcomes += [
-                await level.learn(question, completion, clean=clean, cost_s=cost_s, tags=tags) for level in self._levels
+                await level.learn(question, completion, clean=clean, cost_s=cost_s, tags=tags, since=mark)
+                for level, mark in zip(self._levels, marks, strict=True)
             ]
         for outcome in outcomes:
             self._emit(outcome)
@@ -88,6 +98,11 @@ class Memory:
     async def forget(self, scope: Scope) -> tuple[Forgotten, ...]:
         """Erase everything within `scope`; one receipt for each level."""
         return tuple([await level.forget(scope) for level in self._levels])
+
+    def drop(self, scope: Scope) -> None:
+        """Another gateway process is forgetting `scope`: drop what only this one has of it. Immediate."""
+        for level in self._levels:
+            level.drop(scope)
 
     async def stats(self) -> dict[str, dict[str, TierStats]]:
         """Level name → tier name → figures."""

@@ -20,6 +20,9 @@ from anaphora.types import Key, Scope, Tenant
 
 log = logging.getLogger(__name__)
 
+Mark = tuple[int, ...]
+"""What had been erased at a moment, as numbers to compare: equal marks, and nothing was erased in between."""
+
 _BATCH_ENTRIES = 64
 _LOG_EVERY_S = 60.0
 
@@ -39,8 +42,9 @@ class Store:
     """For one event loop.
 
     What keeps it right (invariant 4): the first tier and the queues of pending writes change only between awaits, so each
-    change is one step for everybody else. Whoever awaited a slower tier compares `_state` before and after: if anything was
-    erased meanwhile, by this process or another, what was read may be just that, and is not used.
+    change is one step for everybody else. Whoever awaited a slower tier compares `mark` before and after: if anything was
+    erased meanwhile, by this process or another, what was read may be just that, and is not used. Likewise whoever computed
+    something gives `put` the mark from when the question was asked.
 
     An entry that is lost on its way to a slower tier may leave an older one under the same key there, which then is found
     again: an earlier answer to the same question, and no less valid.
@@ -107,21 +111,41 @@ class Store:
         model: str = "",
         tags: tuple[str, ...] = (),
         ttl_s: float | None = None,
+        since: Mark | None = None,
     ) -> bool:
-        """Keep `value`, at once in memory and soon (see `flush`) in the slower tiers. False: no tier is large enough.
+        """Keep `value`, at once in memory and soon (see `flush`) in the slower tiers. False: no tier is large enough, or
+        something was erased since the mark `since`.
 
         `cost_s` is what computing it took. It expires `ttl_s` (default: the store's) seconds from now in all tiers. Must be
         called on the event loop.
         """
+        mark = self.mark()
+        if since is not None and since != mark:
+            return False
         now_s = self._clock.now_s()
         ttl_s = self._options.ttl_s if ttl_s is None else ttl_s
         entry = Entry(value, now_s, None if ttl_s is None else now_s + ttl_s, cost_s, tenant, model, tags)
-        self._heed_erasures()
         fits = self._first is not None and self._first.put_now(key, entry)
-        for behind in self._slower:
+        for behind, epoch in zip(self._slower, mark[1:], strict=True):
             fits |= entry.size <= behind.tier.capacity_bytes
-            behind.put(key, entry)
+            behind.put(key, entry, epoch)
         return fits
+
+    def mark(self) -> Mark:
+        """What has been erased up to now, by this process or by one that shares a slower tier. Immediate."""
+        self._heed_erasures()
+        return self._num_erasures, *self._seen
+
+    def drop(self, scope: Scope) -> None:
+        """Another process is forgetting `scope` in the tiers that it shares with this one: drop what only this one has of it.
+
+        Immediate. What is being computed now counts as forgotten (see `put`).
+        """
+        self._num_erasures += 1
+        if self._first is not None:
+            self._first.forget_now(scope)
+        for behind in self._slower:
+            behind.forget(scope)
 
     async def forget(self, scope: Scope) -> Forgotten:
         """Erase everything within `scope` from every tier (invariant 7), then sweep the tiers to see that it is gone."""
@@ -180,7 +204,7 @@ class Store:
         """What `tier` has of `keys`; nothing where it fails, rests, or what it read may have been erased meanwhile."""
         if self._rest_until_s and self._clock.monotonic_s() < self._rest_until_s.get(tier.name, 0.0):
             return {}
-        before = self._state()
+        before = self.mark()
         try:
             async with asyncio.timeout(self._options.lookup_timeout_s):
                 found = await tier.get_many(keys)
@@ -191,7 +215,7 @@ class Store:
             self._failed(tier, "get", TierFailed("no answer in time"))
             self._rest_until_s[tier.name] = self._clock.monotonic_s() + self._options.rest_s
             return {}
-        return found if self._state() == before else {}
+        return found if self.mark() == before else {}
 
     def _promoted(self, key: Key, entry: Entry, position: int) -> Entry:
         """The entry to use, now also in the tiers above `position`. One that was put while we waited is newer and stays."""
@@ -201,17 +225,13 @@ class Store:
         if self._first is not None:
             self._first.put_now(key, entry)
         for faster in self._slower[:position]:
-            faster.put(key, entry)
+            faster.put(key, entry, faster.tier.epoch())
         return entry
 
     # -- erasures ------------------------------------------------------------------------------------------------------
 
     def _epoch(self) -> tuple[int, ...]:
         return tuple([epoch() for epoch in self._epochs])
-
-    def _state(self) -> tuple[int, tuple[int, ...]]:
-        self._heed_erasures()
-        return self._num_erasures, self._seen
 
     def _heed_erasures(self) -> None:
         """Another process that shares a slower tier may have forgotten what this one still has a copy of: drop all copies.
@@ -242,7 +262,7 @@ class Store:
 class _Pending(msgspec.Struct, frozen=True):
     entry: Entry
     epoch: int
-    """Of the tier, when the entry was put: if something was forgotten since, the entry may be that, and is not written."""
+    """Of the tier, from before the put: if something was forgotten since, the entry may be that, and is not written."""
 
 
 class _Behind:
@@ -259,12 +279,12 @@ class _Behind:
         self._emit = emit
         self._task: asyncio.Task[None] | None = None
 
-    def put(self, key: Key, entry: Entry) -> None:
+    def put(self, key: Key, entry: Entry, epoch: int) -> None:
         self.drop((key,))
         if self._bytes + entry.size > self._max_bytes:
             self._emit(Dropped(self.tier.name, 1))
             return
-        self.pending[key] = _Pending(entry, self.tier.epoch())
+        self.pending[key] = _Pending(entry, epoch)
         self._bytes += entry.size
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._write_all())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,59 @@ def test_workers_share_the_socket_and_the_answers_and_end_with_their_parent(serv
         assert process.wait(timeout=60) == 0
         with pytest.raises(httpx2.ConnectError):
             ask(url, "anybody there?")
+
+
+def two_workers(url: str, stack: ExitStack) -> tuple[httpx2.Client, httpx2.Client]:
+    """A connection to each of two workers with memory of their own: what one has answered is new to the other."""
+    question = {"model": "echo", "messages": [{"role": "user", "content": "Who is there?"}], "temperature": 0}
+    found: list[httpx2.Client] = []
+    until_s = time.monotonic() + 60  # the second one may still be starting
+    while len(found) < 2 and time.monotonic() < until_s:
+        with ExitStack() as unless_new:
+            client = unless_new.enter_context(httpx2.Client(base_url=url, timeout=60))
+            if "fwd=miss" in client.post("/v1/chat/completions", json=question).headers["cache-status"]:
+                found.append(client)
+                stack.push(unless_new.pop_all())
+    assert len(found) == 2
+    return found[0], found[1]
+
+
+ALONE = "[cache]\ndisk = 0\n"
+
+
+def test_what_one_worker_is_told_to_forget_the_others_forget(serve: Serve) -> None:
+    with serve(ALONE, "--workers", "2") as (url, _), ExitStack() as stack:
+        one, other = two_workers(url, stack)
+        body = {"model": "echo", "messages": [{"role": "user", "content": "a secret"}], "temperature": 0}
+
+        def status(client: httpx2.Client) -> str:
+            return client.post("/v1/chat/completions", json=body).headers["cache-status"]
+
+        assert [("hit" in status(client)) for client in (one, other, one, other)] == [False, False, True, True]
+        assert one.post("/anaphora/forget", json={}).json()["answers"][0]["removed"]["ram"] >= 1
+        assert "fwd=miss" in status(other)
+        assert "fwd=miss" in status(one)
+
+
+def test_whichever_worker_is_asked_the_counters_are_those_of_all(serve: Serve) -> None:
+    with serve(ALONE, "--workers", "2") as (url, _), ExitStack() as stack:
+        clients = two_workers(url, stack)
+
+        def counted(client: httpx2.Client) -> tuple[float, int, int]:
+            """Requests by /metrics, those that a histogram saw, and those of the tenant's account."""
+            lines = client.get("/metrics").text.splitlines()
+            requests = sum(float(line.split()[-1]) for line in lines if line.startswith("anaphora:requests_total"))
+            seen = next(line for line in lines if line.startswith("vllm:e2e_request_latency_seconds_count"))
+            return requests, int(float(seen.split()[-1])), client.get("/anaphora/stats").json()["answers"]["num_requests"]
+
+        before = counted(clients[0])
+        assert before == counted(clients[1])
+        for number in range(5):
+            body = {"model": "echo", "messages": [{"role": "user", "content": f"Question {number}"}]}
+            for client in clients:
+                assert client.post("/v1/chat/completions", json=body).status_code == 200
+        after = tuple(count + 10 for count in before)
+        assert counted(clients[0]) == counted(clients[1]) == after
 
 
 def test_a_taken_port_and_an_open_address_without_keys_are_refused_in_words(serve: Serve) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from anaphora.events import Forgotten, Hit, Miss, Refused, Stored
+from anaphora.store import Mark
 from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Key, Request, Scope
 
@@ -33,12 +34,34 @@ class Level(Protocol[Q_contra, V]):
         ...
 
     async def learn(
-        self, question: Q_contra, value: V, *, clean: bool, cost_s: float, tags: tuple[str, ...] = ()
+        self,
+        question: Q_contra,
+        value: V,
+        *,
+        clean: bool,
+        cost_s: float,
+        tags: tuple[str, ...] = (),
+        since: Mark | None = None,
     ) -> Stored | Refused:
-        """Remember `value` if it may be (invariant 3). `clean`: it was finished as it should; `cost_s` is what it took."""
+        """Remember `value` if it may be (invariant 3). `clean`: it was finished as it should; `cost_s` is what it took.
+
+        `since` is the level's mark from when the question was asked: if anything was forgotten after it, by any process that
+        shares a tier, the answer is refused (invariant 7).
+        """
+        ...
+
+    def mark(self) -> Mark:
+        """What has been forgotten up to now. Immediate."""
         ...
 
     async def forget(self, scope: Scope) -> Forgotten: ...
+
+    def drop(self, scope: Scope) -> None:
+        """Another gateway process of this server is forgetting `scope`: drop what only this process has of it. Immediate.
+
+        What is in tiers that both share is erased by the other one. Changes the mark.
+        """
+        ...
 
     async def stats(self) -> dict[str, TierStats]: ...
 

@@ -24,7 +24,7 @@ from anaphora.config import Buckets
 from anaphora.events import Forgotten, Hit, Miss, MissReason, Refused, RefusedReason, Stored
 from anaphora.keys import derived_key
 from anaphora.levels.base import Question
-from anaphora.store import Store
+from anaphora.store import Mark, Store
 from anaphora.tiers.base import Entry, TierStats
 from anaphora.types import Choice, Completion, Key, Request, Scope, TextPart, ToolUsePart
 
@@ -70,7 +70,14 @@ class ExactLevel:
         return Miss(self.name, reason)
 
     async def learn(
-        self, question: Question, value: Completion, *, clean: bool, cost_s: float, tags: tuple[str, ...] = ()
+        self,
+        question: Question,
+        value: Completion,
+        *,
+        clean: bool,
+        cost_s: float,
+        tags: tuple[str, ...] = (),
+        since: Mark | None = None,
     ) -> Stored | Refused:
         request = question.request
         refused = self._refused(question, value, clean)
@@ -80,11 +87,19 @@ class ExactLevel:
         if len(encoded) > self._options.max_value_bytes:
             return Refused(self.name, RefusedReason.TOO_LARGE)
         key = await self._place(question, value)
-        kept = self._store.put(key, encoded, cost_s=cost_s, tenant=request.tenant, model=request.model, tags=tags)
+        if since is not None and since != self._store.mark():
+            return Refused(self.name, RefusedReason.FORGOTTEN)
+        kept = self._store.put(key, encoded, cost_s=cost_s, tenant=request.tenant, model=request.model, tags=tags, since=since)
         return Stored(self.name, key, len(encoded)) if kept else Refused(self.name, RefusedReason.TOO_LARGE)
+
+    def mark(self) -> Mark:
+        return self._store.mark()
 
     async def forget(self, scope: Scope) -> Forgotten:
         return await self._store.forget(scope)
+
+    def drop(self, scope: Scope) -> None:
+        self._store.drop(scope)
 
     async def stats(self) -> dict[str, TierStats]:
         return await self._store.stats()

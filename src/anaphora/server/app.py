@@ -27,6 +27,7 @@ class App:
 
     def __init__(self, api: Api) -> None:
         self.api = api
+        api.gateway.on_forget(api.explanations.forget)
         self._hot: dict[str, routes.Answers] = {
             "/v1/chat/completions": routes.Answers(api, OPENAI),
             "/v1/completions": routes.Answers(api, OpenAICompletions()),
@@ -47,7 +48,7 @@ class App:
                 Route("/anaphora/explain", routes.Explain(api), methods=["GET"]),
                 Route("/anaphora/explain/{id}", routes.Explain(api), methods=["GET"]),
                 Route("/anaphora/clock", routes.MoveClock(api), methods=["POST"]),
-                Route("/anaphora/forget", routes.Forget(api, self._hot.values()), methods=["POST"]),
+                Route("/anaphora/forget", routes.Forget(api), methods=["POST"]),
             ],
             exception_handlers={HTTPException: self._refuse},
         )

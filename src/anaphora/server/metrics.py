@@ -1,13 +1,15 @@
 """Prometheus metrics under vLLM's names, so that existing dashboards, routers and load tools read them, plus our own.
 
 Token counters count what was computed; latencies and successes count what clients got, hits included. Everything about
-the answer cache is under `anaphora:`. One registry per server, none global.
+the answer cache is under `anaphora:`. One registry per page, none global: the numbers are in `Sums`, which several gateway
+processes share.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -15,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from anaphora.events import Answered, Computed, Damaged, Dropped, Event, Evicted, Failed, Miss, Refused, Stored
+from anaphora.sums import Sums, Totals
 from anaphora.types import FinishReason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -46,79 +49,84 @@ _COUNTERS = {
 
 
 class _Counter:
-    """Sums by label values. A float in a dict: the package's own counters lock, and cost a hit more than its lookup."""
+    """Sums by label values. (The package's own counters lock, and cost a hit more than its lookup.)"""
 
-    def __init__(self, name: str, text: str, labels: tuple[str, ...]) -> None:
-        self._described = (name, text)
+    def __init__(self, sums: Sums, name: str, text: str, labels: tuple[str, ...]) -> None:
+        self._sums = sums
+        self._name = name
+        self._text = text
         self._labels = labels
-        self._sums: dict[tuple[str, ...], float] = {}
+        self._rows: dict[tuple[str, ...], int] = {}
 
     def add(self, amount: float, *values: str) -> None:
-        self._sums[values] = self._sums.get(values, 0.0) + amount
+        row = self._rows.get(values)
+        if row is None:
+            row = self._rows[values] = self._sums.row((self._name, *values))
+        self._sums.cells[row] += amount
 
-    def collect(self) -> Metric:
-        family = CounterMetricFamily(*self._described, labels=self._labels)
-        for values, total in self._sums.items():
+    def collect(self, totals: Totals) -> Metric:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for values, (total,) in totals.get(self._name, {}).items():
             family.add_metric(values, total)
         return family
 
 
 class _Histogram:
-    """Counts by bucket and label values."""
+    """Counts by bucket and label values: a cell for each bucket, and one for the sum."""
 
-    def __init__(self, name: str, text: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> None:
-        self._described = (name, text)
+    def __init__(self, sums: Sums, name: str, text: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> None:
+        self._sums = sums
+        self._name = name
+        self._text = text
         self._labels = labels
+        self._rows: dict[tuple[str, ...], int] = {}
         self._bounds = bounds
-        self._counts: dict[tuple[str, ...], list[int]] = {}
-        self._sums: dict[tuple[str, ...], float] = {}
 
     def observe(self, value: float, *values: str) -> None:
-        counts = self._counts.get(values)
-        if counts is None:
-            counts = self._counts[values] = [0] * (len(self._bounds) + 1)
-            self._sums[values] = 0.0
-        counts[bisect_left(self._bounds, value)] += 1
-        self._sums[values] += value
+        row = self._rows.get(values)
+        if row is None:
+            row = self._rows[values] = self._sums.row((self._name, *values), len(self._bounds) + 2)
+        cells = self._sums.cells
+        cells[row + bisect_left(self._bounds, value)] += 1
+        cells[row + len(self._bounds) + 1] += value
 
-    def collect(self) -> Metric:
-        family = HistogramMetricFamily(*self._described, labels=self._labels)
+    def collect(self, totals: Totals) -> Metric:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
-        for values, counts in self._counts.items():
-            so_far, buckets = 0, []
-            for name, count in zip(names, counts, strict=True):
-                so_far += count
-                buckets.append((name, float(so_far)))
-            family.add_metric(values, buckets, self._sums[values])
+        for values, (*counts, total) in totals.get(self._name, {}).items():
+            family.add_metric(values, list(zip(names, accumulate(counts), strict=True)), total)
         return family
 
 
 class Metrics:
-    """Counts events; `render` is what `/metrics` answers."""
+    """Counts events in `sums`; `render` is what `/metrics` answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Sums | None = None) -> None:
+        self._sums = sums = Sums() if sums is None else sums
         engine = ("model_name", "engine")
-        self.prompt_tokens = _Counter("vllm:prompt_tokens", "Prompt tokens of computed answers.", engine)
-        self.generation_tokens = _Counter("vllm:generation_tokens", "Generated tokens.", engine)
-        self.prompt_tokens_cached = _Counter("vllm:prompt_tokens_cached", "Prompt tokens whose KV was reused.", engine)
-        self.success = _Counter("vllm:request_success", "Answers given whole.", (*engine, "finished_reason"))
-        self.first = _Histogram("vllm:time_to_first_token_seconds", "Request to first token.", engine, _FIRST_BUCKETS)
-        self.gap = _Histogram("vllm:inter_token_latency_seconds", "Token to token.", engine, _GAP_BUCKETS)
-        self.whole = _Histogram("vllm:e2e_request_latency_seconds", "Request to last token.", engine, _WHOLE_BUCKETS)
+        self.prompt_tokens = _Counter(sums, "vllm:prompt_tokens", "Prompt tokens of computed answers.", engine)
+        self.generation_tokens = _Counter(sums, "vllm:generation_tokens", "Generated tokens.", engine)
+        self.prompt_tokens_cached = _Counter(sums, "vllm:prompt_tokens_cached", "Prompt tokens whose KV was reused.", engine)
+        self.success = _Counter(sums, "vllm:request_success", "Answers given whole.", (*engine, "finished_reason"))
+        self.first = _Histogram(sums, "vllm:time_to_first_token_seconds", "Request to first token.", engine, _FIRST_BUCKETS)
+        self.gap = _Histogram(sums, "vllm:inter_token_latency_seconds", "Token to token.", engine, _GAP_BUCKETS)
+        self.whole = _Histogram(sums, "vllm:e2e_request_latency_seconds", "Request to last token.", engine, _WHOLE_BUCKETS)
 
         origin = ("model", "source", "outcome")
-        self.requests = _Counter("anaphora:requests", "Requests by where the answer came from.", origin)
-        self.saved_s = _Counter("anaphora:saved_compute_seconds", "What answers not computed would have cost.", ("model",))
-        self.saved_prompt_tokens = _Counter(
-            "anaphora:saved_prompt_tokens", "Prompt tokens of answers not computed.", ("model",)
+        self.requests = _Counter(sums, "anaphora:requests", "Requests by where the answer came from.", origin)
+        self.saved_s = _Counter(
+            sums, "anaphora:saved_compute_seconds", "What answers not computed would have cost.", ("model",)
         )
-        self.saved_generation_tokens = _Counter("anaphora:saved_generation_tokens", "Tokens not generated.", ("model",))
-        self.misses = _Counter("anaphora:cache_misses", "Lookups that gave nothing.", ("level", "reason"))
-        self.stored = _Counter("anaphora:cache_stored", "Answers learned.", ("level",))
-        self.refused = _Counter("anaphora:cache_refused", "Answers not learned.", ("level", "reason"))
-        self.evicted = _Counter("anaphora:cache_evicted", "Entries that made room.", ("tier",))
-        self.lost = _Counter("anaphora:cache_lost", "Entries found damaged, or never written.", ("tier", "why"))
-        self.failed = _Counter("anaphora:cache_failures", "Operations that a tier could not do.", ("tier", "operation"))
+        self.saved_prompt_tokens = _Counter(
+            sums, "anaphora:saved_prompt_tokens", "Prompt tokens of answers not computed.", ("model",)
+        )
+        self.saved_generation_tokens = _Counter(sums, "anaphora:saved_generation_tokens", "Tokens not generated.", ("model",))
+        self.misses = _Counter(sums, "anaphora:cache_misses", "Lookups that gave nothing.", ("level", "reason"))
+        self.stored = _Counter(sums, "anaphora:cache_stored", "Answers learned.", ("level",))
+        self.refused = _Counter(sums, "anaphora:cache_refused", "Answers not learned.", ("level", "reason"))
+        self.evicted = _Counter(sums, "anaphora:cache_evicted", "Entries that made room.", ("tier",))
+        self.lost = _Counter(sums, "anaphora:cache_lost", "Entries found damaged, or never written.", ("tier", "why"))
+        self.failed = _Counter(sums, "anaphora:cache_failures", "Operations that a tier could not do.", ("tier", "operation"))
 
     def record(self, event: Event) -> None:
         match event:
@@ -162,7 +170,9 @@ class Metrics:
     def render(self, backend_stats: Mapping[str, Any], model: str) -> bytes:
         """The text format; `backend_stats` as `Backend.stats` gives them, `model` the label of what they are about."""
         registry = CollectorRegistry()
-        registry.register(_Page([*(metric.collect() for metric in vars(self).values()), *_of_backend(model, backend_stats)]))
+        totals = self._sums.totals()
+        counted = [metric.collect(totals) for metric in vars(self).values() if isinstance(metric, _Counter | _Histogram)]
+        registry.register(_Page([*counted, *_of_backend(model, backend_stats)]))
         return generate_latest(registry)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
@@ -52,12 +52,9 @@ class Answers(Endpoint):
         # frozen. Found by comparing the bytes themselves, not a digest of them.
         self._parse_again = lru_cache(maxsize=_NUM_PARSED)(self._parse)
 
+        api.gateway.on_forget(lambda _: self._parse_again.cache_clear())  # whose is whose is not known
     def dialect(self, path: str, head: Mapping[bytes, bytes]) -> Dialect:
         return self._dialect
-
-    def forget(self) -> None:
-        """Keep no body of anybody."""
-        self._parse_again.cache_clear()
 
     def _parse(self, body: bytes, tenant: Tenant, version: str | None) -> Parsed:
         return self._dialect.parse(body, tenant=tenant, version=version)
@@ -293,6 +290,7 @@ class Explain(Endpoint):
             limit = _query(call, _Latest).limit
             await call.json(msgspec.json.encode({"requests": explanations.latest(call.tenant, limit)}))
             return
+        self.api.gateway.heed()
         found = explanations.find(call.tenant, name)
         if found is None:
             kept = f"the latest {explanations.size} requests of this tenant that this process answered"
@@ -331,19 +329,11 @@ class _WhatToForget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Forget(Endpoint):
     """`POST /anaphora/forget` with `{"model"?, "tag"?}`: forgets what the caller's tenant has, in every level and tier."""
 
-    def __init__(self, api: Api, answers: Iterable[Answers]) -> None:
-        super().__init__(api)
-        self._answers = tuple(answers)
-
     async def answer(self, call: Call) -> None:
         body = await call.body()
         try:
             what = msgspec.json.decode(body or b"{}", type=_WhatToForget)
         except msgspec.MsgspecError as error:
             raise InvalidRequest(f"The body is wrong: {error}.") from error
-        for answers in self._answers:
-            answers.forget()
-        scope = Scope(tenant=call.tenant, tag=what.tag, model=what.model)
-        self.api.explanations.forget(scope)
-        receipt = await self.api.gateway.forget(scope)
+        receipt = await self.api.gateway.forget(Scope(tenant=call.tenant, tag=what.tag, model=what.model))
         await call.json(msgspec.json.encode(receipt))

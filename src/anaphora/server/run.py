@@ -11,9 +11,11 @@ import logging
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,17 +28,22 @@ from anaphora.config import Config, api_keys
 from anaphora.errors import ConfigError
 from anaphora.events import Event
 from anaphora.explain import Explanations
+from anaphora.forgets import Forgets
+from anaphora.gateway import Gateway
 from anaphora.ledger import Ledger
 from anaphora.server.app import App
 from anaphora.server.auth import Keyring, check_bind
 from anaphora.server.endpoint import Api
 from anaphora.server.metrics import Metrics
 from anaphora.server.voice import Announcer, Lines, Voice
+from anaphora.sums import Sums
 
 DRAIN_S = 30
 BACKLOG = 2048
 _YOUNG_S = 5.0
 """A worker that dies younger than this is not brought back at once."""
+_HEED_EVERY_S = 1.0
+"""How long a worker that nobody asks anything may hold what another one was told to forget."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -48,6 +55,10 @@ class Job(msgspec.Struct, frozen=True):
     """Descriptor of the listening socket."""
     engine: str | None
     """Address of the engine process; None where the backend needs none."""
+    folder: str
+    """Of the files that the workers share."""
+    number: int = 0
+    """Of the worker. One that takes another's place has its number."""
 
 
 def serve(config: Config, voice: Voice | None = None) -> None:
@@ -61,8 +72,9 @@ def serve(config: Config, voice: Voice | None = None) -> None:
     if config.server.workers == 1:
         run(answer(config, keys, listener, None, voice=voice))
         return
-    job = Job(config, {key: str(tenant) for key, tenant in keys.items()}, listener.fileno(), None)
-    run(_supervise(job, listener, voice))
+    with tempfile.TemporaryDirectory(prefix="anaphora-workers-") as folder:
+        job = Job(config, {key: str(tenant) for key, tenant in keys.items()}, listener.fileno(), None, folder)
+        run(_supervise(job, listener, voice))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -84,10 +96,13 @@ async def answer(
     *,
     voice: Voice,
     orphaned: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    sums: Sums | None = None,
+    forgets: Forgets | None = None,
 ) -> None:
     """Serve on `listener` until a signal comes, or until `orphaned` returns. ConfigError where the gateway's own engine says
-    that it will never be ready as configured."""
-    metrics, ledger = Metrics(), Ledger()
+    that it will never be ready as configured. `sums` and `forgets` are what several workers share."""
+    sums = Sums() if sums is None else sums
+    metrics, ledger = Metrics(sums), Ledger(sums)
     clock: Clock = ManualClock(float(int(time.time()))) if config.server.virtual_clock else SystemClock()
 
     def emit(event: Event) -> None:
@@ -103,7 +118,7 @@ async def answer(
             refusals.append(status.refused)
             server.should_exit = True
 
-    gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=on_status, engine=engine)
+    gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=on_status, engine=engine, forgets=forgets)
     announcer.watch(gateway)
     keyring = Keyring(keys, any_key=config.engine.kind == "echo")
     explanations = Explanations(clock, size=config.server.explanations)
@@ -123,7 +138,9 @@ async def answer(
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises a signal once more when it has stopped: it must not end this process before the gateway is closed.
         signal.signal(number, server.handle_exit)
-    watch = asyncio.create_task(_stop_when(orphaned, server)) if orphaned is not None else None
+    watches = [asyncio.create_task(_heed(gateway), name="anaphora-heed")] if forgets is not None else []
+    if orphaned is not None:
+        watches.append(asyncio.create_task(_stop_when(orphaned, server)))
     try:
         await gateway.start()
         if gateway.ready():  # a backend that need not load tells no status
@@ -131,7 +148,7 @@ async def answer(
         gc.freeze()  # what is loaded stays: full collections need not walk it
         await server.serve(sockets=[listener])
     finally:
-        if watch is not None:
+        for watch in watches:
             watch.cancel()
         announcer.close()
         await gateway.aclose()
@@ -145,6 +162,20 @@ async def _stop_when(orphaned: Callable[[], Coroutine[Any, Any, None]], server: 
 
 
 # -- several workers -----------------------------------------------------------------------------------------------------
+
+
+async def work(job: Job, *, voice: Voice, orphaned: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Be one of several workers."""
+    listener = socket.socket(fileno=job.socket)
+    sums, forgets = Sums(Path(job.folder, f"{job.number}.sums")), Forgets(Path(job.folder, "forgets"))
+    await answer(job.config, job.keys, listener, job.engine, voice=voice, orphaned=orphaned, sums=sums, forgets=forgets)
+
+
+async def _heed(gateway: Gateway) -> None:
+    """Requests heed by themselves; this is for the time without any."""
+    while True:
+        gateway.heed()
+        await asyncio.sleep(_HEED_EVERY_S)
 
 
 async def _supervise(job: Job, listener: socket.socket, voice: Voice) -> None:
@@ -195,6 +226,7 @@ async def _supervise(job: Job, listener: socket.socket, voice: Voice) -> None:
 
 async def _keep(job: Job, number: int, voice: Voice) -> None:
     """Run one worker, and another when it dies. Cancelled: let it drain."""
+    job = msgspec.structs.replace(job, number=number)
     loop = asyncio.get_running_loop()
     while True:
         started_s = loop.time()

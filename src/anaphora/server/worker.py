@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import sys
 
 import msgspec
 
-from anaphora.server.run import Job, answer, run
+from anaphora.server.run import Job, run, work
 from anaphora.server.voice import Silent
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="anaphora: %(levelname)s: %(message)s")
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
-    listener = socket.socket(fileno=job.socket)
-    run(answer(job.config, job.keys, listener, job.engine, voice=Silent(), orphaned=_end_of_input))
+    run(work(job, voice=Silent(), orphaned=_end_of_input))
 
 
 async def _end_of_input() -> None:

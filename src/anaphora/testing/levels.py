@@ -121,6 +121,32 @@ class AnswerLevelContract:
 
         self.run(body)
 
+    def test_what_was_asked_before_something_was_forgotten_is_not_learned(self) -> None:
+        async def body(level: AnswerLevel, clock: ManualClock) -> None:
+            question, answer = make_question(), make_answer()
+            refused = Refused(level.name, RefusedReason.FORGOTTEN)
+            asked = level.mark()
+            assert isinstance(await level.learn(question, answer, clean=True, cost_s=0.5, since=asked), Stored)
+            await level.forget(Scope(tenant=Tenant("a")))
+            assert await level.learn(question, answer, clean=True, cost_s=0.5, since=asked) == refused
+            asked = level.mark()
+            level.drop(Scope(tenant=Tenant("a")))
+            assert await level.learn(question, answer, clean=True, cost_s=0.5, since=asked) == refused
+            assert isinstance(await level.lookup(question), Miss)
+            assert isinstance(await level.learn(question, answer, clean=True, cost_s=0.5, since=level.mark()), Stored)
+
+        self.run(body)
+
+    def test_what_another_process_forgets_is_answered_no_more(self) -> None:
+        async def body(level: AnswerLevel, clock: ManualClock) -> None:
+            for tenant in "ab":
+                await level.learn(make_question(tenant=tenant), make_answer(), clean=True, cost_s=0.5)
+            level.drop(Scope(tenant=Tenant("a"), model="m"))
+            assert isinstance(await level.lookup(make_question(tenant="a")), Miss)
+            assert isinstance(await level.lookup(make_question(tenant="b")), Hit)
+
+        self.run(body)
+
     def test_a_newer_answer_replaces_the_older(self) -> None:
         async def body(level: AnswerLevel, clock: ManualClock) -> None:
             question = make_question(control=CacheControl(max_age_s=5))
