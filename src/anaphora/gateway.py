@@ -87,12 +87,12 @@ class Gateway:
         `leave` it in the end. On a hit in memory this does not suspend.
         """
         started_s, arrived_s = self._clock.monotonic_s(), self._clock.now_s()
+        self.heed()
         model = await self._catalogue.get(request.model)
         if model.id != request.model:
             request = msgspec.structs.replace(request, model=model.id)
 
         num_ended = self._flights.num_ended
-        self.heed()
         recalled = await self._recall(request, control)
         if recalled.hit is None and self._flights.num_ended != num_ended:
             # A flight ended while a slower tier was being asked: it may have been this question's, so look again.
@@ -147,11 +147,6 @@ class Gateway:
         answers = await self._memory.forget(scope)
         return Receipt(answers, await self._backend.forget(scope), promises)
 
-    async def stats(self) -> dict[str, Any]:
-        """The backend's own counters and gauges by name, as `Backend.stats` gives them."""
-        return await self._backend.stats()
-
-    async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
     def heed(self) -> None:
         """Forget here what any gateway process of this server was asked to forget since the last call. Immediate."""
         if self._forgets is None:
@@ -173,6 +168,11 @@ class Gateway:
             forget(scope)
         return 0 if self._accounting is None else self._accounting.forget(scope)
 
+    async def stats(self) -> dict[str, Any]:
+        """The backend's own counters and gauges by name, as `Backend.stats` gives them."""
+        return await self._backend.stats()
+
+    async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
         """Level name → tier name → figures of the answer cache."""
         return await self._memory.stats()
 

@@ -51,8 +51,8 @@ class Answers(Endpoint):
         # The same bytes of the same tenant mean the same, and what they mean is never changed: parsing is pure, its result
         # frozen. Found by comparing the bytes themselves, not a digest of them.
         self._parse_again = lru_cache(maxsize=_NUM_PARSED)(self._parse)
-
         api.gateway.on_forget(lambda _: self._parse_again.cache_clear())  # whose is whose is not known
+
     def dialect(self, path: str, head: Mapping[bytes, bytes]) -> Dialect:
         return self._dialect
 
@@ -285,12 +285,12 @@ class Explain(Endpoint):
 
     async def answer(self, call: Call) -> None:
         explanations = self.api.explanations
+        self.api.gateway.heed()
         name = call.connection["path_params"].get("id")
         if name is None:
             limit = _query(call, _Latest).limit
             await call.json(msgspec.json.encode({"requests": explanations.latest(call.tenant, limit)}))
             return
-        self.api.gateway.heed()
         found = explanations.find(call.tenant, name)
         if found is None:
             kept = f"the latest {explanations.size} requests of this tenant that this process answered"
