@@ -57,6 +57,20 @@ class TierContract:
 
         self.run(body)
 
+    def test_sizes_tell_what_is_there_and_are_no_use_of_it(self) -> None:
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            size = self.capacity_bytes // 4 - ENTRY_OVERHEAD
+            await tier.put_many({make_key(number): make_entry(size) for number in range(3)})
+            await tier.put_many({make_key(3): make_entry(10, expires_at_s=clock.now_s() + 1)})
+            clock.advance(1)
+            asked = [make_key(number) for number in range(5)]
+            assert await tier.sizes(asked) == {make_key(number): size + ENTRY_OVERHEAD for number in range(3)}
+            assert await tier.sizes([]) == {}
+            await tier.put_many({make_key(4): make_entry(size), make_key(5): make_entry(size)})
+            assert make_key(0) not in await tier.keys()
+
+        self.run(body)
+
     def test_a_put_replaces_what_was_there(self) -> None:
         async def body(tier: Tier, clock: ManualClock) -> None:
             await tier.put_many({make_key(1): make_entry(2000)})

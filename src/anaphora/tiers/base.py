@@ -73,6 +73,10 @@ class Tier(Protocol):
         """The entries that are there, intact and not expired. Reading is a use, in the eyes of eviction."""
         ...
 
+    async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
+        """Which of `keys` are there and not expired, and what each counts (`Entry.size`), without reading them: no use of them."""
+        ...
+
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
         """Store what fits; returns the keys that were stored. Each replaces what was under its key, fit or not.
 

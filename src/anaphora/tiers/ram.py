@@ -70,6 +70,11 @@ class RamTier:
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
         return {key: entry for key in keys if (entry := self.get_now(key)) is not None}
 
+    async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
+        now_s = self._clock.now_s()
+        found = ((key, self._entries[key]) for key in keys if key in self._entries)
+        return {key: entry.size for key, entry in found if not entry.expired(now_s)}
+
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
         return frozenset([key for key, entry in entries.items() if self.put_now(key, entry)])
 

@@ -104,6 +104,17 @@ class DiskIndex:
         sql = f"SELECT key FROM entries WHERE {where} AND (expires_at IS NULL OR expires_at > ?)"
         return self._run(lambda db: [Key(key) for (key,) in db.execute(sql, (*values, self._clock.now_s()))])
 
+    def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
+        def work(db: sqlite3.Connection) -> dict[Key, int]:
+            found: dict[Key, int] = {}
+            for some in _in_queries(list(keys)):
+                marks = ",".join("?" * len(some))
+                sql = f"SELECT key, size FROM entries WHERE key IN ({marks}) AND (expires_at IS NULL OR expires_at > ?)"
+                found.update((Key(key), size) for key, size in db.execute(sql, (*some, self._clock.now_s())))
+            return found
+
+        return self._run(work)
+
     def totals(self) -> tuple[int, int]:
         """(number of entries, used bytes)"""
         sql = "SELECT (SELECT COUNT(*) FROM entries), used FROM meta"
@@ -442,8 +453,7 @@ class DiskIndex:
         return Found(entries, tuple(damaged))
 
     def _rows(self, db: sqlite3.Connection, keys: list[Key]) -> Iterator[tuple[int, bytes, str | None]]:
-        for start in range(0, len(keys), _KEYS_PER_QUERY):
-            some = keys[start : start + _KEYS_PER_QUERY]
+        for some in _in_queries(keys):
             marks = ",".join("?" * len(some))
             yield from db.execute(f"SELECT {_COLUMNS} FROM entries WHERE key IN ({marks})", some).fetchall()
 
@@ -486,6 +496,10 @@ class _Row(msgspec.Struct, array_like=True):
 
 class _Unreadable(sqlite3.DatabaseError):
     """SQLite reads it, but it is not what this module writes."""
+
+
+def _in_queries(keys: list[Key]) -> Iterator[list[Key]]:
+    return (keys[start : start + _KEYS_PER_QUERY] for start in range(0, len(keys), _KEYS_PER_QUERY))
 
 
 def _number(rows: list[tuple[object, ...]]) -> int:

@@ -90,6 +90,9 @@ class DiskTier:
             await self._drop(found)
         return found.entries
 
+    async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
+        return await self._read(lambda: self._reader.sizes(keys))
+
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
         stored: set[Key] = set()
         for batch in _batches(entries):
