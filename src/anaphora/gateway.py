@@ -10,7 +10,7 @@ import msgspec
 
 from anaphora.accounting import Accounting, Asked
 from anaphora.answer import Answer, Live, Meter, Recalled, Source
-from anaphora.backends.base import Backend
+from anaphora.backends.base import Backend, StandsIn
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import NotCached
@@ -78,6 +78,11 @@ class Gateway:
 
     def ready(self) -> bool:
         return self._backend.ready()
+
+    @property
+    def takes_provider_blocks(self) -> bool:
+        """Whether requests may have what only a provider's own models can take."""
+        return isinstance(self._backend, StandsIn) and self._backend.takes_provider_blocks
 
     async def complete(self, request: Request, control: CacheControl = NO_DIRECTIVES, asked: Asked | None = None) -> Answer:
         """Answer one request. Raises ModelNotFound, NotCached where `only_if_cached` finds nothing, and InvalidRequest for a

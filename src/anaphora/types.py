@@ -49,7 +49,7 @@ class ToolUsePart(msgspec.Struct, frozen=True, tag="tool_use", omit_defaults=Tru
 
 class ToolResultPart(msgspec.Struct, frozen=True, tag="tool_result", omit_defaults=True):
     tool_use_id: str
-    content: tuple[TextPart | MediaPart, ...]
+    content: tuple[TextPart | MediaPart | ProviderPart, ...]
     is_error: bool = False
 
 
@@ -62,7 +62,15 @@ class MediaPart(msgspec.Struct, frozen=True, tag="media", omit_defaults=True):
     options: dict[str, Any] = {}
 
 
-Part = TextPart | ThinkingPart | ToolUsePart | ToolResultPart | MediaPart
+class ProviderPart(msgspec.Struct, frozen=True, tag="provider", omit_defaults=True):
+    """A block that only the provider's own model can take (what its server tools did, search results, hidden thinking), kept
+    as it was sent. A backend that does not stand for such a model refuses it."""
+
+    kind: str
+    body: dict[str, Any]
+
+
+Part = TextPart | ThinkingPart | ToolUsePart | ToolResultPart | MediaPart | ProviderPart
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -79,6 +87,8 @@ class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
     parameters: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     """Fields of the definition that Anaphora does not know (`strict`, ...): kept, and part of the key."""
+    kind: str = "custom"
+    """Any other is a tool of the provider's own, which only its own models can use."""
 
 
 class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):

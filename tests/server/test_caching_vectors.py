@@ -268,6 +268,43 @@ def test_v17_what_never_matters(claude: Claude) -> None:
         assert claude.ask(part(50), system=system(1000, **M5), model=model, **change) == (50, 1000, 0, 0), change
 
 
+def test_r16_a_server_tools_result_is_a_five_minute_breakpoint_even_between_one_hour_marks(claude: Claude) -> None:
+    tools: Any = [{"type": "web_search_20260318", "name": "web_search"}]
+    search: Any = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": words(20)}}
+    found: Any = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [{"text": words(600)}]}
+    cited: Any = {"type": "text", "text": words(9), "citations": [{"type": "web_search_result_location", "url": "u"}]}
+    turns: Any = [user(part(50)), {"role": "assistant", "content": [search, found, cited]}, user(part(30))]
+    usage = claude.send(system=system(1000, **H1), messages=turns, tools=tools).usage
+    assert usage.cache_creation is not None
+    assert usage.cache_creation.ephemeral_1h_input_tokens > 1000
+    assert usage.cache_creation.ephemeral_5m_input_tokens > 600
+    again = claude.send(system=system(1000, **H1), messages=[*turns[:2], user(part(31))], tools=tools).usage
+    assert again.cache_read_input_tokens == usage.cache_creation_input_tokens
+    assert again.cache_creation_input_tokens == 0
+    plain = claude.send(system=system(1000), messages=turns, tools=tools).usage  # no mark, so none for the result either
+    assert (plain.cache_read_input_tokens, plain.cache_creation_input_tokens) == (0, 0)
+
+
+def test_search_results_documents_with_citations_and_hidden_thinking_are_accounted_for(claude: Claude) -> None:
+    result: Any = {"type": "search_result", "source": "s", "title": "t", "content": [part(700)], "citations": {"enabled": True}}
+    document: Any = {
+        "type": "document",
+        "source": {"type": "text", "media_type": "text/plain", "data": words(300)},
+        "citations": {"enabled": True},
+        **M5,
+    }
+    turns: Any = [
+        user(result, document),
+        {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}, part(9)]},
+    ]
+    first = claude.send(messages=[*turns, user(part(5))]).usage
+    assert first.cache_creation_input_tokens is not None
+    assert first.cache_creation_input_tokens > 1000
+    assert claude.send(messages=[*turns, user(part(6))]).usage.cache_read_input_tokens == first.cache_creation_input_tokens
+    counted = claude.sdk.messages.count_tokens(model="claude-opus-5", messages=[*turns, user(part(5))])
+    assert counted.input_tokens == first.input_tokens + first.cache_creation_input_tokens
+
+
 @pytest.mark.parametrize("model", ["claude-opus-5", "claude-opus-4-7", "claude-fable-5-1"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "top_k"])
 def test_models_that_take_no_sampling_parameters_refuse_them_in_every_version(claude: Claude, model: str, field: str) -> None:

@@ -50,3 +50,10 @@ class Measuring(Protocol):
     async def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
         """The lengths of `prompt`, which is `request` as prompt caching sees it; None where they cannot be told."""
         ...
+
+
+@runtime_checkable
+class StandsIn(Protocol):
+    """A backend that may stand for the provider's own models, and take what only those can (`types.ProviderPart`)."""
+
+    takes_provider_blocks: bool

@@ -71,6 +71,7 @@ class EchoBackend:
         """Runs that are over, however it came to that. `runs - closed` are under way."""
         self._clock = clock or SystemClock()
         self._started = False
+        self.takes_provider_blocks = self.options.emulates
         own = ModelInfo(self.options.model, max_input_tokens=self.options.max_input_tokens, fingerprint="echo-1")
         names = [profile.name for profile in known()] if self.options.emulates else []
         self._models = (own, *(_emulated(name) for name in names if name != own.id))

@@ -16,7 +16,8 @@ from starlette.types import Scope as Connection
 
 from anaphora.errors import MethodNotAllowed, NotFound, ServiceError
 from anaphora.server import routes
-from anaphora.server.endpoint import ANTHROPIC, OPENAI, Api, dialect_of
+from anaphora.server.endpoint import OPENAI, Api, dialect_of
+from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import new_ids
 from anaphora.wire.openai_completions import OpenAICompletions
 from anaphora.wire.openai_responses import OpenAIResponses
@@ -27,18 +28,19 @@ class App:
 
     def __init__(self, api: Api) -> None:
         self.api = api
+        anthropic = Anthropic(provider_blocks=api.gateway.takes_provider_blocks)
         api.gateway.on_forget(api.explanations.forget)
         self._hot: dict[str, routes.Answers] = {
             "/v1/chat/completions": routes.Answers(api, OPENAI),
             "/v1/completions": routes.Answers(api, OpenAICompletions()),
             "/v1/responses": routes.Answers(api, OpenAIResponses()),
-            "/v1/messages": routes.Answers(api, ANTHROPIC),
+            "/v1/messages": routes.Answers(api, anthropic),
         }
         post = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._hot.items()]
         self._rest = Starlette(
             routes=[
                 *post,
-                Route("/v1/messages/count_tokens", routes.CountTokens(api), methods=["POST"]),
+                Route("/v1/messages/count_tokens", routes.CountTokens(api, anthropic), methods=["POST"]),
                 Route("/v1/models", routes.Models(api), methods=["GET"]),
                 Route("/v1/models/{id:path}", routes.Models(api), methods=["GET"]),
                 Route("/health", routes.Health(api), methods=["GET"]),

@@ -22,6 +22,7 @@ from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import CONTENT_TYPE
 from anaphora.types import Begin, Delta, End, Scope, Tenant
 from anaphora.wire import sse
+from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import Dialect, Parsed, Rendering, StreamWriter
 from anaphora.wire.openai_common import render_model, render_models
 
@@ -176,10 +177,14 @@ async def _gone(call: Call) -> None:
 class CountTokens(Endpoint):
     """`POST /v1/messages/count_tokens`."""
 
+    def __init__(self, api: Api, dialect: Anthropic) -> None:
+        super().__init__(api)
+        self._dialect = dialect
+
     async def answer(self, call: Call) -> None:
-        parsed = ANTHROPIC.parse_count(await call.body(), tenant=call.tenant, version=call.version)
+        parsed = self._dialect.parse_count(await call.body(), tenant=call.tenant, version=call.version)
         num_tokens = await self.api.gateway.count_tokens(parsed.request, parsed.prompt)
-        await call.json(ANTHROPIC.render_count(num_tokens), ANTHROPIC)
+        await call.json(self._dialect.render_count(num_tokens), self._dialect)
 
 
 class Models(Endpoint):

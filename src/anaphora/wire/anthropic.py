@@ -1,7 +1,8 @@
 """Anthropic's Messages API: `POST /v1/messages`, `/v1/messages/count_tokens`, `GET /v1/models` (API versions below).
 
 Supported: text, thinking, images, documents, custom tools. Server tools, search results, citations and redacted thinking
-are refused with a clear 400. A document may have the source `text`, which is {"text": ...} in `MediaPart.source`.
+(`anthropic_provider`) are refused with a clear 400 unless the server stands for Anthropic's own models. A document may have the
+source `text`, which is {"text": ...} in `MediaPart.source`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from anaphora.errors import InvalidRequest, NotCached, ServiceError
 from anaphora.types import (
@@ -16,6 +18,7 @@ from anaphora.types import (
     MediaPart,
     ModelInfo,
     Part,
+    ProviderPart,
     Request,
     Role,
     Tenant,
@@ -28,6 +31,16 @@ from anaphora.types import (
 )
 from anaphora.wire.anthropic_answer import MessageWriter, error_body, model_object, whole_message, wire_status
 from anaphora.wire.anthropic_prompt import check_diagnostics, check_mark, check_marks, read_prompt
+from anaphora.wire.anthropic_provider import (
+    RESULT_PARTS,
+    check_citations,
+    cited_text,
+    is_provider_block,
+    is_server_result,
+    opaque,
+    provider_block,
+    provider_tool,
+)
 from anaphora.wire.base import (
     NEUTRAL,
     SAMPLING_FIELDS,
@@ -78,9 +91,23 @@ _KNOWN = (
 )
 
 
+class _Rules(NamedTuple):
+    """How a body is to be read."""
+
+    strict: bool
+    """By the latest API version."""
+    provider: bool
+    """What only the provider's own models can take is accepted."""
+
+
 class Anthropic(Dialect):
+    """`provider_blocks`: the server stands for Anthropic's own models, and takes what only those can."""
+
     name = "anthropic"
     answer_prefix = "msg_"
+
+    def __init__(self, *, provider_blocks: bool = False) -> None:
+        self._provider_blocks = provider_blocks
 
     def parse(self, body: bytes, *, tenant: Tenant, version: str | None = None) -> Parsed:
         return self._parse(body, tenant, version, answers=True)
@@ -101,7 +128,7 @@ class Anthropic(Dialect):
             )
         fields = decode_object(body)
         try:
-            return _read(fields, tenant, version, answers)
+            return _read(fields, tenant, version, _Rules(version != VERSIONS[0], self._provider_blocks), answers)
         except FieldError as error:
             raise _refusal(error) from error
 
@@ -152,9 +179,8 @@ class Anthropic(Dialect):
 # -- body → Request ------------------------------------------------------------------------------------------------------
 
 
-def _read(body: Json, tenant: Tenant, version: str, answers: bool) -> Parsed:
-    strict = version != VERSIONS[0]
-    if strict:
+def _read(body: Json, tenant: Tenant, version: str, rules: _Rules, answers: bool) -> Parsed:
+    if rules.strict:
         for key in _REMOVED_2026:
             if key in body:
                 raise FieldError("unknown", key)
@@ -162,17 +188,17 @@ def _read(body: Json, tenant: Tenant, version: str, answers: bool) -> Parsed:
     turns = Turns()
     if system := _text_content(body, "system") if body.get("system") is not None else ():
         turns.add("system", system)
-    _read_messages(body, turns, strict)
+    _read_messages(body, turns, rules)
     max_tokens = opt_int(body, "max_tokens", 0)
     if max_tokens is None and answers:
         raise FieldError("missing", "max_tokens")
-    tools = tuple(each(opt_list(body, "tools"), "tools", _tool))
+    tools = tuple(each(opt_list(body, "tools"), "tools", partial(_tool, rules)))
     stream = opt_bool(body, "stream", False)
     opt_object(body, "metadata")
     check_mark(body)
     check_marks(body)
     check_diagnostics(body)
-    _check_thinking(body)
+    _check_thinking(body, rules)
     stop = strings(opt_list(body, "stop_sequences"), "stop_sequences")
     for index, text in enumerate(stop):
         if text.isspace():
@@ -208,9 +234,9 @@ def _check_prewarm(request: Request) -> None:
         raise unsupported(sentence.format("a tool choice that demands a tool"), "tool_choice")
 
 
-def _check_thinking(body: Json) -> None:
+def _check_thinking(body: Json, rules: _Rules) -> None:
     config = opt_object(body, "thinking")
-    if config is None:
+    if config is None or (rules.provider and config.get("type") == "between_tools"):
         return
     if config.get("type") not in ("enabled", "disabled", "adaptive"):
         raise bad_value("Input should be 'enabled', 'disabled' or 'adaptive'", "thinking", "type")
@@ -223,7 +249,7 @@ def _check_thinking(body: Json) -> None:
             raise
 
 
-def _read_messages(body: Json, turns: Turns, strict: bool) -> None:
+def _read_messages(body: Json, turns: Turns, rules: _Rules) -> None:
     items = list_(body, "messages")
     if not items:
         raise bad_value("at least one message is required", "messages")
@@ -237,7 +263,7 @@ def _read_messages(body: Json, turns: Turns, strict: bool) -> None:
         elif isinstance(content := message.get("content"), str):
             turns.add(role, text_parts(content))
         elif isinstance(content, list):
-            turns.add(role, _blocks(content, role, strict))
+            turns.add(role, _blocks(content, role, rules))
         elif content is None:
             raise FieldError("missing", "content")
         else:
@@ -247,7 +273,7 @@ def _read_messages(body: Json, turns: Turns, strict: bool) -> None:
     each(items, "messages", read)
     for index, role in enumerate(roles):
         if role == "system":
-            _check_system_place(roles, index)
+            _check_system_place(roles, index, after_server_tool=index > 0 and _ends_in_server_tool(items[index - 1]))
 
 
 _MESSAGE_FIELDS = frozenset({"role", "content"})
@@ -266,9 +292,16 @@ def _role(message: Json) -> Role:
             raise bad_value("Input should be 'user', 'assistant' or 'system'", "role")
 
 
-def _check_system_place(roles: Sequence[Role], index: int) -> None:
+def _ends_in_server_tool(message: object) -> bool:
+    content = message.get("content") if isinstance(message, dict) else None
+    last = content[-1] if isinstance(content, list) and content else None
+    kind = str(last.get("type")) if isinstance(last, dict) else ""
+    return kind == "server_tool_use" or is_server_result(kind)
+
+
+def _check_system_place(roles: Sequence[Role], index: int, *, after_server_tool: bool) -> None:
     """Spec §1.7. Instructions that hold from the start go into the top-level `system` field."""
-    if index == 0 or roles[index - 1] != "user":
+    if index == 0 or (roles[index - 1] != "user" and not after_server_tool):
         sentence = "a message with role 'system' must follow a user message; use the top-level `system` parameter otherwise"
         raise bad_value(sentence, "messages", index)
     if index + 1 < len(roles) and roles[index + 1] != "assistant":
@@ -294,19 +327,22 @@ def _text_content(owner: Json, key: str) -> tuple[TextPart, ...]:
     return tuple(part for parts in each(value, key, read) for part in parts)
 
 
-def _blocks(items: list[object], role: Role, strict: bool) -> list[Part]:
+def _blocks(items: list[object], role: Role, rules: _Rules) -> list[Part]:
     parts: list[Part] = []
 
     def read(block: Json) -> None:
         kind = string(block, "type")
         if kind == "text":
-            parts.extend(_text(block))
+            cited = cited_text(block, role, strict=rules.strict) if rules.provider else None
+            parts.extend(_text(block) if cited is None else (cited,))
         elif kind in _PLACES and role not in _PLACES[kind]:
             raise bad_value(f"`{kind}` blocks cannot be in messages of role '{role}'", "type")
-        elif kind == "document" and role == "assistant" and strict:
+        elif kind == "document" and role == "assistant" and rules.strict:
             raise bad_value("`document` blocks cannot be in messages of role 'assistant'", "type")
         elif kind in _BLOCKS:
-            parts.append(_BLOCKS[kind](block))
+            parts.append(_BLOCKS[kind](block, rules))
+        elif rules.provider and is_provider_block(kind):
+            parts.append(provider_block(block, kind, role))
         else:
             raise unsupported(f"Input tag '{kind}' is not supported here", "type")
 
@@ -327,24 +363,29 @@ def _text(block: Json) -> tuple[TextPart, ...]:
 _TEXT_FIELDS = frozenset({"type", "text", "cache_control"})
 
 
-def _thinking(block: Json) -> ThinkingPart:
+def _thinking(block: Json, rules: _Rules) -> ThinkingPart:
     if block.get("cache_control") is not None:
         raise FieldError("unknown", "thinking", "cache_control")
     only(block, frozenset({"type", "thinking", "signature"}))
     return ThinkingPart(string(block, "thinking"), opt_string(block, "signature") or "")
 
 
-def _tool_use(block: Json) -> ToolUsePart:
+def _tool_use(block: Json, rules: _Rules) -> ToolUsePart:
     # `caller` says who called it; with custom tools only, that is always the model.
-    only(block, frozenset({"type", "id", "name", "input", "cache_control", "caller"}))
+    only(block, _TOOL_USE_FIELDS | _TOOLSET_FIELDS if rules.provider else _TOOL_USE_FIELDS)
     check_mark(block)
     return ToolUsePart(named(block, "id"), named(block, "name"), encode(object_(block, "input")).decode())
 
 
-def _tool_result(block: Json) -> ToolResultPart:
-    only(block, frozenset({"type", "tool_use_id", "content", "is_error", "cache_control"}))
+_TOOL_USE_FIELDS = frozenset({"type", "id", "name", "input", "cache_control", "caller"})
+_TOOL_RESULT_FIELDS = frozenset({"type", "tool_use_id", "content", "is_error", "cache_control"})
+_TOOLSET_FIELDS = frozenset({"toolset_name"})
+
+
+def _tool_result(block: Json, rules: _Rules) -> ToolResultPart:
+    only(block, _TOOL_RESULT_FIELDS | _TOOLSET_FIELDS if rules.provider else _TOOL_RESULT_FIELDS)
     check_mark(block)
-    content: list[TextPart | MediaPart] = []
+    content: list[TextPart | MediaPart | ProviderPart] = []
     value = block.get("content")
     if isinstance(value, str):
         content.extend(text_parts(value))
@@ -355,9 +396,11 @@ def _tool_result(block: Json) -> ToolResultPart:
             if kind == "text":
                 content.extend(_text(inner))
             elif kind == "image":
-                content.append(_image(inner))
+                content.append(_image(inner, rules))
             elif kind == "document":
-                content.append(_document(inner))
+                content.append(_document(inner, rules))
+            elif rules.provider and kind in RESULT_PARTS:
+                content.append(opaque(inner, kind))
             else:
                 raise unsupported(f"Input tag '{kind}' is not supported here", "type")
 
@@ -367,29 +410,27 @@ def _tool_result(block: Json) -> ToolResultPart:
     return ToolResultPart(named(block, "tool_use_id"), tuple(content), opt_bool(block, "is_error", False))
 
 
-def _image(block: Json) -> MediaPart:
+def _image(block: Json, rules: _Rules) -> MediaPart | ProviderPart:
+    if rules.provider and opt_object(block, "transformations"):
+        return opaque(block, "image")
     only(block, frozenset({"type", "source", "cache_control"}))
     check_mark(block)
     media_type, source = _source(object_(block, "source"))
     return MediaPart("image", media_type, source)
 
 
-def _document(block: Json) -> MediaPart:
+def _document(block: Json, rules: _Rules) -> MediaPart | ProviderPart:
     only(block, frozenset({"type", "source", "title", "context", "citations", "cache_control"}))
     check_mark(block)
+    if rules.provider and (check_citations(block) or object_(block, "source").get("type") == "content"):
+        return opaque(block, "document")
     media_type, source = _source(object_(block, "source"))
     options: Json = {}
     for key in ("title", "context"):
         if (value := opt_string(block, key)) is not None:
             options[key] = value
-    citations = opt_object(block, "citations") or {}
-    try:
-        only(citations, frozenset({"enabled"}))
-        if opt_bool(citations, "enabled", False):
-            raise unsupported("citations are not supported")
-    except FieldError as error:
-        error.under("citations")
-        raise
+    if check_citations(block):
+        raise unsupported("citations are not supported", "citations")
     return MediaPart("document", media_type, source, options)
 
 
@@ -415,7 +456,7 @@ def _source(source: Json) -> tuple[str, dict[str, str]]:
 
 _SOURCE_FIELDS = frozenset({"type", "media_type", "data", "url", "file_id", "content"})
 
-_BLOCKS: dict[str, Callable[[Json], Part]] = {
+_BLOCKS: dict[str, Callable[[Json, _Rules], Part]] = {
     "thinking": _thinking,
     "tool_use": _tool_use,
     "tool_result": _tool_result,
@@ -425,9 +466,11 @@ _BLOCKS: dict[str, Callable[[Json], Part]] = {
 _PLACES: dict[str, tuple[Role, ...]] = {"thinking": ("assistant",), "tool_use": ("assistant",), "tool_result": ("user",)}
 
 
-def _tool(tool: Json) -> Tool:
+def _tool(rules: _Rules, tool: Json) -> Tool:
     kind = opt_string(tool, "type")
     if kind not in (None, "custom"):
+        if rules.provider:
+            return provider_tool(tool, kind)
         raise unsupported(f"Input tag '{kind}' is not supported: only custom tools are", "type")
     check_mark(tool)
     return Tool(
