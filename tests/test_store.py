@@ -63,6 +63,10 @@ class SlowTier:
         await self.pass_gate()
         return found
 
+    async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
+        await self.pass_gate()
+        return await self.inner.sizes(keys)
+
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
         await self.pass_gate()
         return frozenset() if epoch not in (None, self.current_epoch) else await self.inner.put_many(entries)
@@ -488,5 +492,32 @@ def test_giving_up_on_a_flush_does_not_give_up_on_the_writes() -> None:
         slow.gate.set()
         await store.flush()
         assert len(await slow.keys()) == 1
+
+    run(body())
+
+
+def test_the_fastest_tier_with_a_key_is_where_it_lies(tmp_path: Path) -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        slow = SlowTier(clock)
+        store = Store((ram(clock, 1000), disk(clock, tmp_path), slow), clock=clock)
+        store.put(make_key(1), b"x" * 10, tenant=A)
+        store.put(make_key(2), b"x" * 2000, tenant=A)  # too large for memory
+        await store.flush()
+        await slow.inner.put_many({make_key(3): Entry(b"abc", clock.now_s())})
+        slow.gate.clear()
+        store.put(make_key(4), b"x" * 3000, tenant=A)
+        slow.gate.set()
+        found = await store.locate([make_key(number) for number in range(6)])
+        assert {key: name for key, (name, _) in found.items()} == {
+            make_key(1): "ram",
+            make_key(2): "disk",
+            make_key(3): "slow",
+            make_key(4): "disk",
+        }
+        assert found[make_key(3)] == ("slow", 3 + ENTRY_OVERHEAD)
+        slow.failing = "gone"
+        assert make_key(3) not in await store.locate([make_key(3)])
+        await store.aclose()
 
     run(body())

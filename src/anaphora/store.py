@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,6 +20,8 @@ from anaphora.tiers.base import EVERYTHING, Entry, ImmediateTier, Tier, TierStat
 from anaphora.types import Key, Scope, Tenant
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Mark = tuple[int, ...]
 """What had been erased at a moment, as numbers to compare: equal marks, and nothing was erased in between."""
@@ -99,6 +102,21 @@ class Store:
             for key, entry in (await self._ask(behind.tier, missing)).items():
                 found[key] = self._promoted(key, entry, position)
             missing = [key for key in missing if key not in found]
+        return found
+
+    async def locate(self, keys: Collection[Key]) -> dict[Key, tuple[str, int]]:
+        """Where each of `keys` lies: the name of the fastest tier that has it, and its size there. Nothing is read or used."""
+        found: dict[Key, tuple[str, int]] = {}
+        for tier in self._tiers:
+            missing = [key for key in keys if key not in found]
+            if not missing:
+                break
+            sizes = await self._asked(tier, "sizes", tier.sizes(missing))
+            found.update((key, (tier.name, size)) for key, size in sizes.items())
+        for behind in self._slower:
+            for key in keys:
+                if key not in found and (pending := behind.pending.get(key)) is not None:
+                    found[key] = behind.tier.name, pending.entry.size
         return found
 
     def put(
@@ -201,21 +219,25 @@ class Store:
     # -- reading a slower tier -----------------------------------------------------------------------------------------
 
     async def _ask(self, tier: Tier, keys: list[Key]) -> dict[Key, Entry]:
-        """What `tier` has of `keys`; nothing where it fails, rests, or what it read may have been erased meanwhile."""
-        if self._rest_until_s and self._clock.monotonic_s() < self._rest_until_s.get(tier.name, 0.0):
-            return {}
+        """What `tier` has of `keys`; nothing where what it read may have been erased meanwhile."""
         before = self.mark()
+        found = await self._asked(tier, "get", tier.get_many(keys))
+        return found if self.mark() == before else {}
+
+    async def _asked(self, tier: Tier, operation: str, answer: Coroutine[Any, Any, dict[Key, T]]) -> dict[Key, T]:
+        """What `tier` answers; nothing where it fails, rests, or takes too long."""
+        if self._rest_until_s and self._clock.monotonic_s() < self._rest_until_s.get(tier.name, 0.0):
+            answer.close()
+            return {}
         try:
             async with asyncio.timeout(self._options.lookup_timeout_s):
-                found = await tier.get_many(keys)
+                return await answer
         except TierFailed as error:
-            self._failed(tier, "get", error)
-            return {}
+            self._failed(tier, operation, error)
         except TimeoutError:
-            self._failed(tier, "get", TierFailed("no answer in time"))
+            self._failed(tier, operation, TierFailed("no answer in time"))
             self._rest_until_s[tier.name] = self._clock.monotonic_s() + self._options.rest_s
-            return {}
-        return found if self.mark() == before else {}
+        return {}
 
     def _promoted(self, key: Key, entry: Entry, position: int) -> Entry:
         """The entry to use, now also in the tiers above `position`. One that was put while we waited is newer and stays."""
