@@ -7,8 +7,8 @@ from typing import Literal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anaphora.events import Answered, Computed, Event
-from anaphora.ledger import Account, Ledger
+from anaphora.events import Answered, Billed, Computed, Event
+from anaphora.ledger import Account, Ledger, PromptCaching
 from anaphora.types import Tenant, Usage
 
 A, B = Tenant("a"), Tenant("b")
@@ -66,3 +66,17 @@ def test_tenants_are_kept_apart_and_add_up(happened: list[Event]) -> None:
     assert both.account(A) == separate[A].total()
     assert both.account(B) == separate[B].total()
     assert both.total().num_requests == sum(isinstance(event, Answered) for event in happened)
+
+
+def test_prompt_tokens_and_misses_are_kept_per_tenant() -> None:
+    ledger = Ledger()
+    for event in (
+        Billed(A, "m", 0, 100, 5, "first"),
+        Billed(A, "m", 100, 0, 6, ""),
+        Billed(A, "n", 0, 100, 7, "model"),
+        Billed(A, "n", 0, 90, 7, "model"),
+        Billed(B, "m", 0, 1, 1, "first"),
+    ):
+        ledger.record(event)
+    assert ledger.prompt_caching(A) == PromptCaching(100, 290, 25, {"first": 1, "model": 2})
+    assert ledger.prompt_caching(Tenant("nobody")) == PromptCaching()

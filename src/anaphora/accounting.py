@@ -12,6 +12,7 @@ import msgspec
 
 from anaphora.backends.base import Measuring
 from anaphora.errors import InvalidRequest
+from anaphora.events import Billed, Emit, ignore
 from anaphora.profiles import find
 from anaphora.promises import Books, Charge, Stats
 from anaphora.prompt import Prompt
@@ -31,8 +32,9 @@ class Asked(msgspec.Struct, frozen=True):
 class Bill:
     """One client's account of one answer. Every client has its own, also where several share a computation."""
 
-    def __init__(self, books: Books, charge: Charge, answer_id: str, *, block_size: int | None) -> None:
+    def __init__(self, books: Books, charge: Charge, answer_id: str, *, block_size: int | None, emit: Emit = ignore) -> None:
         self.charge = charge
+        self._emit = emit
         self._books = books
         self._answer_id = answer_id
         self._block_size = block_size
@@ -47,6 +49,7 @@ class Bill:
                 self.charge = self._books.settle(self.charge, delta.usage.kv_reused_tokens, self._block_size)
             self._books.visible(self.charge)
             self._books.name(self.charge, self._answer_id)
+            self._emit(_billed(self.charge))
             return msgspec.structs.replace(delta, usage=self._usage(delta.usage))
         if isinstance(delta, End):
             return msgspec.structs.replace(delta, usage=self._usage(delta.usage))
@@ -64,6 +67,12 @@ class Bill:
         )
 
 
+def _billed(charge: Charge) -> Billed:
+    usage, miss = charge.usage, charge.miss
+    written = sum(usage.written.values())
+    return Billed(charge.tenant, charge.sketch.model, usage.read, written, usage.plain, "" if miss is None else miss.reason)
+
+
 class Accounting:
     """Opens bills. `block_size` is that of the backend's KV cache; None: it has none to lose, so every promise is kept."""
 
@@ -75,6 +84,7 @@ class Accounting:
         like: str | Sequence[str] | None = None,
         block_size: int | None = None,
         hosted: bool = False,
+        emit: Emit = ignore,
     ) -> None:
         """`hosted`: the models stand for the provider's own, and refuse what those refuse. One of our own that is accounted for
         like them keeps its sampling."""
@@ -83,6 +93,7 @@ class Accounting:
         self._like = like
         self._block_size = block_size
         self._hosted = hosted
+        self._emit = emit
 
     async def open(self, request: Request, asked: Asked, started_s: float) -> Bill | None:
         """The bill of a request that arrived at `started_s` (Unix time). None: the backend cannot tell its prompt's length.
@@ -100,7 +111,7 @@ class Accounting:
         if lengths is None:
             return None
         charge = self._books.charge(request.tenant, prompt, profile, lengths, started_s, workspace=asked.workspace)
-        return Bill(self._books, charge, asked.answer_id, block_size=self._block_size)
+        return Bill(self._books, charge, asked.answer_id, block_size=self._block_size, emit=self._emit)
 
     async def count(self, request: Request, prompt: Prompt) -> int | None:
         """All tokens of the prompt, whatever is cached."""

@@ -54,7 +54,7 @@ def build(
     backend = _backend(config, say, on_status, engine)
     accounting, further = None, None
     if isinstance(backend, EchoBackend):  # the emulator: it has no KV cache that could lose what was promised
-        accounting, further = Accounting(backend, Books(clock), hosted=True), backend.model
+        accounting, further = Accounting(backend, Books(clock), hosted=True, emit=emit), backend.model
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)

@@ -173,7 +173,20 @@ class Answered(msgspec.Struct, frozen=True):
     """What the answer would have cost to compute, where it was not computed for this request."""
 
 
-Event = Hit[object] | Miss | Stored | Refused | Evicted | Damaged | Failed | Dropped | Forgotten | Computed | Answered
+class Billed(msgspec.Struct, frozen=True):
+    """A client's answer began, and what its prompt read and wrote is known, by the rules of the model's provider."""
+
+    tenant: Tenant
+    model: str
+    """As the client names it."""
+    read_tokens: int
+    written_tokens: int
+    plain_tokens: int
+    miss: str
+    """Why nothing, or less than possible, was read (`diagnosis.Reason`); empty where all was."""
+
+
+Event = Hit[object] | Miss | Stored | Refused | Evicted | Damaged | Failed | Dropped | Forgotten | Computed | Answered | Billed
 Emit = Callable[[Event], None]
 
 

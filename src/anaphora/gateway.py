@@ -18,6 +18,7 @@ from anaphora.events import Computed, Emit, Failed, Forgotten, MissReason, ignor
 from anaphora.flight import Flights
 from anaphora.forgets import Forgets
 from anaphora.memory import Memory, Recall
+from anaphora.promises import Stats as PromiseStats
 from anaphora.prompt import Prompt
 from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, ModelInfo, Request, Scope
@@ -176,6 +177,10 @@ class Gateway:
     async def stats(self) -> dict[str, Any]:
         """The backend's own counters and gauges by name, as `Backend.stats` gives them."""
         return await self._backend.stats()
+
+    def promises(self) -> PromiseStats:
+        """Figures of this process's books of prompt caching."""
+        return PromiseStats() if self._accounting is None else self._accounting.stats
 
     async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
         """Level name → tier name → figures of the answer cache."""

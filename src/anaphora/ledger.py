@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from anaphora.events import Answered, Computed, Event
+from anaphora.events import Answered, Billed, Computed, Event
 from anaphora.sums import Sums
 from anaphora.types import Tenant
 
@@ -29,6 +29,15 @@ class Account(msgspec.Struct, frozen=True):
     saved_s: float = 0.0
 
 
+class PromptCaching(msgspec.Struct, frozen=True):
+    """Prompt tokens of one tenant, by the rules of the models' providers, and how many prompts missed for which reason."""
+
+    read_tokens: int = 0
+    written_tokens: int = 0
+    plain_tokens: int = 0
+    misses: dict[str, int] = {}
+
+
 _PLACES = {name: place for place, name in enumerate(Account.__struct_fields__)}
 
 
@@ -44,6 +53,8 @@ class Ledger:
             self._answered(event)
         elif isinstance(event, Computed):
             self._computed(event)
+        elif isinstance(event, Billed):
+            self._billed(event)
 
     def accounts(self) -> dict[Tenant, Account]:
         """The accounts as they are now."""
@@ -55,6 +66,12 @@ class Ledger:
     def total(self) -> Account:
         """All tenants together."""
         return _account([sum(cells) for cells in zip(*self._totals().values(), strict=True)])
+
+    def prompt_caching(self, tenant: Tenant) -> PromptCaching:
+        totals = self._sums.totals()
+        read, written, plain = totals.get("billed", {}).get((tenant,), (0, 0, 0))
+        misses = {reason: int(cells[0]) for (whose, reason), cells in totals.get("unread", {}).items() if whose == tenant}
+        return PromptCaching(int(read), int(written), int(plain), misses)
 
     def _totals(self) -> dict[tuple[str, ...], list[float]]:
         return self._sums.totals().get("account", {})
@@ -88,6 +105,16 @@ class Ledger:
             computed_s=event.compute_s,
             kv_reused_tokens=usage.kv_reused_tokens,
         )
+
+    def _billed(self, event: Billed) -> None:
+        row = self._sums.row(("billed", event.tenant), 3)
+        cells = self._sums.cells
+        cells[row] += event.read_tokens
+        cells[row + 1] += event.written_tokens
+        cells[row + 2] += event.plain_tokens
+        if event.miss:
+            row = self._sums.row(("unread", event.tenant, event.miss))
+            self._sums.cells[row] += 1
 
     def _add(self, tenant: Tenant, **amounts: float) -> None:
         row = self._sums.row(("account", tenant), len(_PLACES))

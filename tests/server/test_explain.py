@@ -150,6 +150,20 @@ def test_an_answer_from_memory_names_its_level_and_a_fresh_one_why_not(serve: Se
         assert (hit["answered_by"], hit["prompt_cache"], hit["kv_reused_tokens"]) == ("exact", None, None)
 
 
+def test_reasons_and_promises_are_counted(client: Client) -> None:
+    for system in (RULES, RULES, RULES.replace("09:00", "10:17")):
+        client.message(system)
+    stats = client.http.get("/anaphora/stats").json()
+    assert stats["prompt_cache"]["misses"] == {"first": 1, "changed": 1}
+    assert stats["prompt_cache"]["read_tokens"] > 1000
+    assert stats["promises"]["entries"] >= 2
+    assert stats["promises"]["protected_tokens"] > 2000
+    metrics = client.http.get("/metrics").text
+    assert 'anaphora:prompt_cache_misses_total{model="claude-opus-5",reason="changed"}' in metrics
+    assert 'anaphora:prompt_cache_tokens_total{kind="read",model="claude-opus-5"}' in metrics
+    assert 'anaphora:promises_lost_total{why="broken"} 0.0' in metrics
+
+
 def test_the_command_prints_the_latest_and_one_in_words(url: str, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     client.message()
     answer = client.message(RULES.replace("09:00", "10:17")).json()["id"]

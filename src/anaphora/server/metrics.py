@@ -16,7 +16,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from anaphora.events import Answered, Computed, Damaged, Dropped, Event, Evicted, Failed, Miss, Refused, Stored
+from anaphora.events import Answered, Billed, Computed, Damaged, Dropped, Event, Evicted, Failed, Miss, Refused, Stored
+from anaphora.promises import Stats as PromiseStats
 from anaphora.sums import Sums, Totals
 from anaphora.types import FinishReason
 
@@ -122,6 +123,12 @@ class Metrics:
         )
         self.saved_generation_tokens = _Counter(sums, "anaphora:saved_generation_tokens", "Tokens not generated.", ("model",))
         self.misses = _Counter(sums, "anaphora:cache_misses", "Lookups that gave nothing.", ("level", "reason"))
+        self.billed = _Counter(
+            sums, "anaphora:prompt_cache_tokens", "Prompt tokens by the providers' rules.", ("model", "kind")
+        )
+        self.unread = _Counter(
+            sums, "anaphora:prompt_cache_misses", "Prompts that read less than they could.", ("model", "reason")
+        )
         self.stored = _Counter(sums, "anaphora:cache_stored", "Answers learned.", ("level",))
         self.refused = _Counter(sums, "anaphora:cache_refused", "Answers not learned.", ("level", "reason"))
         self.evicted = _Counter(sums, "anaphora:cache_evicted", "Entries that made room.", ("tier",))
@@ -138,6 +145,12 @@ class Metrics:
                 self.prompt_tokens_cached.add(event.usage.kv_reused_tokens, event.model, ENGINE)
             case Miss():
                 self.misses.add(1, event.level, event.reason.value)
+            case Billed():
+                self.billed.add(event.read_tokens, event.model, "read")
+                self.billed.add(event.written_tokens, event.model, "written")
+                self.billed.add(event.plain_tokens, event.model, "plain")
+                if event.miss:
+                    self.unread.add(1, event.model, event.miss)
             case Stored():
                 self.stored.add(1, event.level)
             case Refused():
@@ -167,12 +180,12 @@ class Metrics:
             self.saved_prompt_tokens.add(event.usage.prompt_tokens, model)
             self.saved_generation_tokens.add(event.usage.output_tokens, model)
 
-    def render(self, backend_stats: Mapping[str, Any], model: str) -> bytes:
+    def render(self, backend_stats: Mapping[str, Any], model: str, promises: PromiseStats | None = None) -> bytes:
         """The text format; `backend_stats` as `Backend.stats` gives them, `model` the label of what they are about."""
         registry = CollectorRegistry()
         totals = self._sums.totals()
         counted = [metric.collect(totals) for metric in vars(self).values() if isinstance(metric, _Counter | _Histogram)]
-        registry.register(_Page([*counted, *_of_backend(model, backend_stats)]))
+        registry.register(_Page([*counted, *_of_backend(model, backend_stats), *_of_promises(promises)]))
         return generate_latest(registry)
 
 
@@ -182,6 +195,18 @@ class _Page:
 
     def collect(self) -> Iterable[Metric]:
         return self._metrics
+
+
+def _of_promises(stats: PromiseStats | None) -> Iterator[Metric]:
+    """The books of the process that answers."""
+    if stats is None:
+        return
+    yield GaugeMetricFamily("anaphora:promises_entries", "Prefixes in the books of prompt caching.", stats.entries)
+    yield GaugeMetricFamily("anaphora:promises_protected_tokens", "Tokens protected from eviction.", stats.protected_tokens)
+    lost = CounterMetricFamily("anaphora:promises_lost", "Promises that could not be kept.", labels=("why",))
+    for why in ("dropped", "evicted", "broken"):
+        lost.add_metric((why,), getattr(stats, why))
+    yield lost
 
 
 def _of_backend(model: str, stats: Mapping[str, Any]) -> Iterator[Metric]:

@@ -265,7 +265,7 @@ class MetricsPage(Endpoint):
     async def answer(self, call: Call) -> None:
         gateway = self.api.gateway
         models = await gateway.models() if gateway.ready() else ()
-        body = self.api.metrics.render(await gateway.stats(), models[0].id if models else "")
+        body = self.api.metrics.render(await gateway.stats(), models[0].id if models else "", gateway.promises())
         await call.sender.whole(200, [(b"content-type", CONTENT_TYPE.encode())], body)
 
 
@@ -278,6 +278,8 @@ class Stats(Endpoint):
             "tenant": call.tenant,
             "ready": gateway.ready(),
             "answers": self.api.ledger.account(call.tenant),
+            "prompt_cache": self.api.ledger.prompt_caching(call.tenant),
+            "promises": gateway.promises(),
             "cache": await gateway.memory_stats(),
             "backend": await gateway.stats(),
         }
