@@ -73,15 +73,24 @@ class Running:
 class KVCacheMachine(RuleBasedStateMachine):
     module: ModuleType = real
     ordered = True
-    """With LRU the model knows the order of leaving; with other policies any leaf without a lease may go."""
+    """With LRU the model knows the order of leaving; with other policies any leaf without lease and pin may go."""
 
-    @initialize(num_blocks=st.sampled_from((3, 4, 5, 2, 7, 0)), hashed_tenants=st.booleans())
-    def begin(self, num_blocks: int, hashed_tenants: bool) -> None:
+    @initialize(
+        num_blocks=st.sampled_from((3, 4, 5, 2, 7, 0)), hashed_tenants=st.booleans(), quota=st.sampled_from((0.5, 1.0, 0.3))
+    )
+    def begin(self, num_blocks: int, hashed_tenants: bool, quota: float) -> None:
         """Without tenants in the hashes, which is a caller's fault, the cache still must not share."""
         self.num_blocks = num_blocks
         self.hashed_tenants = hashed_tenants
         self.policy: LRU[BlockHash] | GDSF[BlockHash] = LRU() if self.ordered else GDSF()
-        self.cache: real.KVCache = self.module.KVCache(num_blocks, BLOCK_SIZE, self.policy)
+        self.cache: real.KVCache = self.module.KVCache(num_blocks, BLOCK_SIZE, self.policy, pin_quota=quota)
+        self.quota, self.quota_of_all = int(num_blocks * quota), int(num_blocks * 0.75)
+        self.pins: dict[BlockHash, tuple[float, int]] = {}
+        """Until when, and which pinning of all that was; least recently used first."""
+        self.late: list[BlockHash] = []
+        """Overtaken blocks that may go now, in the order in which that came about: they go first."""
+        self.now_s = 0.0
+        self.num_pinnings = self.num_dropped_pins = 0
         self.content: dict[int, Content | None] = {}
         self.stored: dict[BlockHash, Stored] = {}
         self.order: list[BlockHash] = []
@@ -116,15 +125,37 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     def may_go(self, block: Stored) -> bool:
         has_children = any(child.parent is block for child in self.stored.values())
-        return not has_children and not self.is_leased(block)
+        return not has_children and not self.is_leased(block) and block.hash not in self.pins
+
+    def held(self, tenant: Tenant | None = None) -> set[BlockHash]:
+        """What pins keep, with everything before it."""
+        found: set[BlockHash] = set()
+        for block_hash in self.pins:
+            block: Stored | None = self.stored[block_hash]
+            while block is not None and tenant in (None, block.tenant):
+                found.add(block.hash)
+                block = block.parent
+        return found
+
+    def unpin(self, block_hash: BlockHash) -> None:
+        del self.pins[block_hash]
+        self.look_again(self.stored[block_hash])
+
+    def look_again(self, block: Stored) -> None:
+        if block.hash in self.overtaken and self.may_go(block):
+            self.late.append(block.hash)
 
     def use(self, block: Stored) -> None:
         if block.hash in self.order:
             self.order.remove(block.hash)
         self.order.append(block.hash)
         self.overtaken.discard(block.hash)
+        if block.hash in self.late:
+            self.late.remove(block.hash)
 
     def next_victim(self) -> Stored | None:
+        if self.late:
+            return self.stored[self.late[0]]
         for block_hash in self.order:
             if self.may_go(self.stored[block_hash]):
                 return self.stored[block_hash]
@@ -136,6 +167,9 @@ class KVCacheMachine(RuleBasedStateMachine):
         del self.stored[block.hash]
         self.order.remove(block.hash)
         self.overtaken.discard(block.hash)
+        if block.hash in self.late:
+            self.late.remove(block.hash)
+        self.pins.pop(block.hash, None)
 
     def pick(self, index: int) -> Running:
         return self.running[index % len(self.running)]
@@ -212,6 +246,8 @@ class KVCacheMachine(RuleBasedStateMachine):
                 break
             self.drop(victim)
             evicted.add(victim.id)
+            if victim.parent is not None:
+                self.look_again(victim.parent)
         self.num_evicted += len(evicted)
         return evicted
 
@@ -275,6 +311,39 @@ class KVCacheMachine(RuleBasedStateMachine):
         for request in requests:
             self.look(request.tenant, request.tokens)
 
+    @rule(index=picks, lifetime_s=st.sampled_from((2.0, 1.0, 5.0)))
+    @precondition(lambda self: self.stored)
+    def pin(self, index: int, lifetime_s: float) -> None:
+        block_hash = list(self.stored)[index % len(self.stored)]
+        tenant, until_s = self.stored[block_hash].tenant, self.now_s + lifetime_s
+        self.cache.pin(block_hash, until_s)
+        self.num_pinnings += 1
+        if block_hash in self.late:
+            self.late.remove(block_hash)
+        self.pins[block_hash] = (max(self.pins.pop(block_hash, (0.0, 0))[0], until_s), self.num_pinnings)
+        while len(self.held(tenant)) > self.quota:
+            self.drop_pin(next(h for h in self.pins if self.stored[h].tenant == tenant))
+        while len(self.held()) > self.quota_of_all:
+            self.drop_pin(next(iter(self.pins)))
+
+    def drop_pin(self, block_hash: BlockHash) -> None:
+        self.unpin(block_hash)
+        self.num_dropped_pins += 1
+
+    @rule(seconds=st.sampled_from((1.0, 3.0)))
+    @precondition(lambda self: self.pins)
+    def expire(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.cache.expire(self.now_s)
+        for until_s, _, block_hash in sorted((until_s, number, h) for h, (until_s, number) in self.pins.items()):
+            if until_s <= self.now_s:
+                self.unpin(block_hash)
+
+    @rule(tenant=tenants, tokens=prompts)
+    def pin_what_is_not_there(self, tenant: Tenant, tokens: Tokens) -> None:
+        for block_hash in set(self.hashes(tenant, tokens)) - set(self.stored):
+            self.cache.pin(block_hash, self.now_s + 1.0)
+
     @rule(index=picks, limit=st.sampled_from((0, 1, 9)))
     @precondition(lambda self: self.running)
     def announce(self, index: int, limit: int) -> None:
@@ -324,6 +393,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         assert stats.num_free + stats.num_cached + stats.num_pending + stats.num_forgotten == stats.num_blocks
         assert (stats.query_tokens, stats.hit_tokens) == (self.query_tokens, self.hit_tokens)
         assert stats.evicted_blocks == self.num_evicted
+        assert (stats.num_pins, stats.num_held) == (len(self.pins), len(self.held()))
+        assert stats.dropped_pins == self.num_dropped_pins
         assert self.cache.count(Scope()) == len(self.used_ids())
 
     @invariant()
@@ -390,7 +461,36 @@ MUTANTS: dict[str, tuple[str, str]] = {
         "_num_idle += 1\n        if block.parked:",
         "_num_idle += 1\n        if False:",
     ),
-    "a parent stays when its last child went": ("self._overdue = parent if", "self._overdue = None if"),
+    "a parent stays when its last child went": ("self._look_again(victim.parent)", "pass"),
+    "pinned blocks are evicted": (" and block.pinned_until_s is None\n", "\n"),
+    "a pin never ends": ("block.pinned_until_s <= now_s:\n                self._unpin(block)", "False:\n                pass"),
+    "a pin ends when it was first to": ("block.pinned_until_s = max(block.pinned_until_s, until_s)", "pass"),
+    "a pin ends with the first that runs out": (
+        "if block.pinned_until_s is not None and block.pinned_until_s <= now_s",
+        "if True",
+    ),
+    "pinning again shortens": ("max(block.pinned_until_s, until_s)", "until_s"),
+    "pinning again is no use of a pin": ("order.move_to_end(block)", "pass"),
+    "pending blocks are pinned": ("is None or block.state is not _State.COMMITTED:", "is None:"),
+    "the newest pin is dropped": ("next(iter(pins))", "next(reversed(pins))"),
+    "a tenant has no quota": ("while self._held_of[block.tenant] > self._quota:", "while False:"),
+    "all together have no quota": ("while self._num_held > self._quota_of_all:", "while False:"),
+    "a shared beginning is held twice": ("if block.num_holds > 1:", "if False:"),
+    "only the last block is held": (
+        "self._num_held += 1\n            block = block.parent",
+        "self._num_held += 1\n            return",
+    ),
+    "what a pin held stays held": ("freed.num_holds -= 1\n            if freed.num_holds:", "if freed.num_holds:"),
+    "what was passed over under a pin stays": ("freed = freed.parent\n        self._look_again(block)", "freed = freed.parent"),
+    "what is overdue goes in spite of a pin": (
+        "            self._overdue.pop(block, None)\n            block.pinned",
+        "            block.pinned",
+    ),
+    "forget keeps pins": (
+        "        if block.pinned_until_s is not None:\n            self._unpin(block)\n        self._discard",
+        "        self._discard",
+    ),
+    "dropped pins are not counted": ("self._dropped_pins += 1", "pass"),
     "one block too many is evicted": ("while len(self._free) < missing", "while len(self._free) <= missing"),
     "one block at most is evicted": ("and self._evict():\n            pass", "and self._evict():\n            break"),
     "commit takes all that is pending": ("lease._pending[:num_blocks], lease._pending[num_blocks:]", "lease._pending, []"),

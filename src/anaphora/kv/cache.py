@@ -1,12 +1,13 @@
 """Which KV block lies where: a pure index over a pool of physical blocks. No tensors, no clock, no lock.
 
-One loop owns it (the engine's), and goes through five verbs for every request:
+One loop owns it (the engine's), and goes through these verbs for every request:
 
     lease = cache.match(hashes, num_tokens, tenant=t)     what is there already, leased so that it stays
     new = cache.allocate(lease, hashes[lease.num_blocks:][:n])   room for the next n blocks that were computed
     pool.save(new.block_ids, ...)                         the caller copies the KV into them
     cache.commit(lease, len(new.block_ids), cost_s)       from here on others find them
     cache.release(lease)                                  always, also after an error; what was committed stays
+    cache.pin(hash, until_s)                              a prefix that was promised to somebody stays until then
     cache.forget(scope)                                   nothing of a tenant is found, or kept, from here on
 
 Blocks are named by `keys.block_hashes`: a hash covers its parent's hash, its tokens and its namespace, so that equal names
@@ -16,6 +17,8 @@ mean equal content. What holds at all times (`check` asserts most of it):
 - Only committed blocks are matched, from the root on without a gap, and only by the tenant who committed them.
 - `match` leaves at least one token to compute: logits of the last token are needed, and a KV block does not hold them.
 - A leased block never leaves its physical block, nor does an ancestor of any block: only leaves without a lease are evicted.
+- A pinned block is not evicted either, and neither is what it stands on. What pins hold stays within a quota for each tenant
+  and one for all together: beyond it the pin that was used longest ago is dropped, and counted.
 - Free, pending, cached and forgotten-but-still-leased blocks add up to the pool.
 
 Caching is best effort: where there is no room, `allocate` gives fewer blocks or none, and the request goes on without them.
@@ -23,13 +26,14 @@ Caching is best effort: where there is no room, `allocate` gives fewer blocks or
 The order of leaving is the policy's. It holds all cached blocks, and the first victim that is a leaf without a lease goes.
 A victim that may not go yet is *parked*: taken out of the policy, so that no later walk meets it again, which keeps an
 eviction O(1) amortised whatever the policy and the shape of the tree. To the policy, a parked block has left. If it is used
-again it comes back as if it had been computed anew; when its last child is evicted before that, it is overdue and goes next;
-when its last lease ends, its use ended just now, and it comes back too.
+again it comes back as if it had been computed anew; when its last child is evicted before that, or its pin ends, it is overdue
+and goes next; when its last lease ends, its use ended just now, and it comes back too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from enum import Enum
 
@@ -37,6 +41,10 @@ import msgspec
 
 from anaphora.policies.base import Policy
 from anaphora.types import BlockHash, Scope, Tenant
+
+
+PINNED_SHARE = 0.75
+"""Of the pool, at most so much is held by the pins of all tenants together: the rest is there for whoever comes."""
 
 
 class Allocation(msgspec.Struct, frozen=True):
@@ -68,6 +76,11 @@ class KVCacheStats(msgspec.Struct, frozen=True):
     committed_blocks: int
     evicted_blocks: int
     forgotten_blocks: int
+    num_pins: int = 0
+    num_held: int = 0
+    """Blocks that pins keep from being evicted."""
+    dropped_pins: int = 0
+    """Pins that ended before their time because a quota was full."""
 
 
 class _State(Enum):
@@ -79,7 +92,9 @@ class _State(Enum):
 class _Block:
     """One physical block that is not free."""
 
-    __slots__ = ("cost_s", "hash", "id", "num_children", "num_leases", "parent", "parked", "state", "tenant")
+    __slots__ = (
+        "cost_s", "hash", "id", "num_children", "num_holds", "num_leases", "parent", "parked", "pinned_until_s", "state", "tenant"
+    )  # fmt: skip
 
     def __init__(self, block_id: int, block_hash: BlockHash, parent: _Block | None, tenant: Tenant) -> None:
         self.id = block_id
@@ -92,10 +107,14 @@ class _Block:
         self.num_children = 0
         """Pending and committed blocks right behind this one."""
         self.parked = False
+        self.pinned_until_s: float | None = None
+        """None: not pinned itself."""
+        self.num_holds = 0
+        """Its own pin, and the blocks right behind it that are held: 0 exactly if no pin stands on it."""
 
 
 def _evictable(block: _Block) -> bool:
-    return block.num_leases == 0 and block.num_children == 0
+    return block.num_leases == 0 and block.num_children == 0 and block.pinned_until_s is None
 
 
 def _covers(scope: Scope, tenant: Tenant) -> bool:
@@ -129,9 +148,12 @@ class Lease:
 
 
 class KVCache:
-    """See the module. `block_size` is in tokens, `block_bytes` is what the policy is told as each block's size."""
+    """See the module. `block_size` is in tokens, `block_bytes` is what the policy is told as each block's size. `pin_quota` is
+    the share of the pool that pins of one tenant may hold."""
 
-    def __init__(self, num_blocks: int, block_size: int, policy: Policy[BlockHash], *, block_bytes: int = 1) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, policy: Policy[BlockHash], *, block_bytes: int = 1, pin_quota: float = 0.25
+    ) -> None:
         if num_blocks < 0 or block_size < 1:
             raise ValueError(f"no cache has {num_blocks} blocks of {block_size} tokens")
         self.num_blocks = num_blocks
@@ -146,8 +168,18 @@ class KVCache:
         self._leases: set[Lease] = set()
         self._announced: dict[BlockHash, int] = {}
         """By how many leases a block is announced."""
-        self._overdue: _Block | None = None
-        """A parked leaf without a lease. There is never a second one: the one there is goes before any other block."""
+        self._overdue: dict[_Block, None] = {}
+        """Parked blocks that may be evicted: they go before any other, in this order."""
+        self._pins: OrderedDict[_Block, None] = OrderedDict()
+        """Pinned blocks, least recently used first; of each tenant likewise:"""
+        self._pins_of: dict[Tenant, OrderedDict[_Block, None]] = {}
+        self._held_of: Counter[Tenant] = Counter()
+        """Blocks that pins hold, by tenant."""
+        self._num_held = 0
+        self._pin_ends: list[tuple[float, int, _Block]] = []
+        """A heap. What was pinned again meanwhile, or is pinned no more, is passed over when its turn comes."""
+        self._quota = int(num_blocks * pin_quota)
+        self._quota_of_all = int(num_blocks * PINNED_SHARE)
         self._num_pending = 0
         self._num_idle = 0
         """Committed blocks without a lease. If there are any, one of them is a leaf: leases cover whole chains."""
@@ -157,6 +189,8 @@ class KVCache:
         self._committed_blocks = 0
         self._evicted_blocks = 0
         self._forgotten_blocks = 0
+        self._dropped_pins = 0
+        self._num_pinnings = 0
 
     # -- the verbs -----------------------------------------------------------------------------------------------------
 
@@ -249,6 +283,43 @@ class KVCache:
         self._forgotten_blocks += len(blocks)
         return len(blocks)
 
+    # -- pins ----------------------------------------------------------------------------------------------------------
+
+    def pin(self, block_hash: BlockHash, until_s: float) -> None:
+        """Keep the committed block `block_hash`, and everything before it, from being evicted until `expire(until_s)`.
+
+        Pinning it again is a use of the pin, and never shortens it. Where a quota is full the pins that were used longest ago
+        are dropped, this one too if it alone is more than the quota. Nothing happens where the block is not there.
+        """
+        block = self._index.get(block_hash)
+        if block is None or block.state is not _State.COMMITTED:
+            return
+        pins = self._pins_of.setdefault(block.tenant, OrderedDict())
+        if block.pinned_until_s is None:
+            self._overdue.pop(block, None)
+            block.pinned_until_s = until_s
+            self._hold(block)
+        block.pinned_until_s = max(block.pinned_until_s, until_s)
+        for order in (self._pins, pins):
+            order[block] = None
+            order.move_to_end(block)
+        self._num_pinnings += 1  # so that the heap never compares blocks
+        heapq.heappush(self._pin_ends, (block.pinned_until_s, self._num_pinnings, block))
+        if len(self._pin_ends) > 2 * len(self._pins) + 64:
+            ends = ((b.pinned_until_s or 0.0, number, b) for number, b in enumerate(self._pins))
+            self._pin_ends = sorted(ends, key=lambda end: end[:2])
+        while self._held_of[block.tenant] > self._quota:
+            self._drop_pin(next(iter(pins)))
+        while self._num_held > self._quota_of_all:
+            self._drop_pin(next(iter(self._pins)))
+
+    def expire(self, now_s: float) -> None:
+        """End the pins whose time is over. The caller says what time it is: seconds, as in `pin`."""
+        while self._pin_ends and self._pin_ends[0][0] <= now_s:
+            _, _, block = heapq.heappop(self._pin_ends)
+            if block.pinned_until_s is not None and block.pinned_until_s <= now_s:
+                self._unpin(block)
+
     # -- sharing what is being computed --------------------------------------------------------------------------------
 
     def announce(self, lease: Lease, hashes: Sequence[BlockHash]) -> None:
@@ -301,6 +372,9 @@ class KVCache:
             committed_blocks=self._committed_blocks,
             evicted_blocks=self._evicted_blocks,
             forgotten_blocks=self._forgotten_blocks,
+            num_pins=len(self._pins),
+            num_held=self._num_held,
+            dropped_pins=self._dropped_pins,
         )
 
     def check(self) -> None:
@@ -330,10 +404,20 @@ class KVCache:
             assert parent is None or parent.tenant == block.tenant
             assert parent is None or block.state is _State.PENDING or parent.state is _State.COMMITTED
             assert parent is None or parent.num_leases >= min(block.num_leases, 1)
-            assert not block.parked or not _evictable(block) or block is self._overdue
-        assert self._overdue is None or self._overdue.parked
+            assert not block.parked or not _evictable(block) or block in self._overdue
+        assert all(block.parked and _evictable(block) for block in self._overdue)
         assert len(self._policy) == sum(not block.parked for block in committed)
         assert all(block.hash in self._policy for block in committed if not block.parked)
+
+        held = Counter(block.parent for block in indexed if block.num_holds)
+        assert all(block.num_holds == held[block] + (block.pinned_until_s is not None) for block in indexed)
+        assert set(self._pins) == {block for block in indexed if block.pinned_until_s is not None}
+        assert {(tenant, block) for tenant, pins in self._pins_of.items() for block in pins} == {
+            (block.tenant, block) for block in self._pins
+        }
+        assert +self._held_of == Counter(block.tenant for block in indexed if block.num_holds)
+        assert self._num_held == self._held_of.total() <= self._quota_of_all
+        assert all(count <= self._quota for count in self._held_of.values())
         assert self._announced == Counter(block_hash for lease in self._leases for block_hash in lease._announced)
 
     # -- reading the index ---------------------------------------------------------------------------------------------
@@ -429,21 +513,26 @@ class KVCache:
     def _insert(self, block: _Block) -> None:
         self._policy.insert(block.hash, self._block_bytes, block.cost_s)
         block.parked = False
-        if block is self._overdue:
-            self._overdue = None
+        self._overdue.pop(block, None)
 
     def _evict(self) -> bool:
-        """Free one block: the first in the policy's order that is a leaf without a lease. False if there is none."""
-        victim = self._overdue or self._next_victim()
+        """Free one block: the first in the policy's order that is a leaf without lease and pin. False if there is none."""
+        victim = next(iter(self._overdue), None) or self._next_victim()
         if victim is None:
             return False
+        self._overdue.pop(victim, None)
         self._discard(victim)
         self._num_idle -= 1
         self._free.append(victim.id)
         self._evicted_blocks += 1
-        parent = victim.parent
-        self._overdue = parent if parent is not None and parent.parked and _evictable(parent) else None
+        if victim.parent is not None:
+            self._look_again(victim.parent)
         return True
+
+    def _look_again(self, block: _Block) -> None:
+        """At a block that may have become evictable: if it was parked, its turn is over."""
+        if block.parked and _evictable(block):
+            self._overdue[block] = None
 
     def _next_victim(self) -> _Block | None:
         if not self._num_idle:
@@ -474,9 +563,10 @@ class KVCache:
             self._free.append(block.id)
 
     def _forget(self, block: _Block) -> None:
+        if block.pinned_until_s is not None:
+            self._unpin(block)
         self._discard(block)
-        if block is self._overdue:
-            self._overdue = None
+        self._overdue.pop(block, None)
         if block.state is _State.PENDING:
             self._num_pending -= 1
         elif block.num_leases == 0:
@@ -492,3 +582,31 @@ class KVCache:
             if not self._announced[block_hash]:
                 del self._announced[block_hash]
         lease._announced = frozenset()
+
+    def _hold(self, block: _Block | None) -> None:
+        while block is not None:
+            block.num_holds += 1
+            if block.num_holds > 1:  # and so is everything before it, already
+                return
+            self._held_of[block.tenant] += 1
+            self._num_held += 1
+            block = block.parent
+
+    def _unpin(self, block: _Block) -> None:
+        block.pinned_until_s = None
+        del self._pins[block], self._pins_of[block.tenant][block]
+        if not self._pins_of[block.tenant]:
+            del self._pins_of[block.tenant]
+        freed: _Block | None = block
+        while freed is not None:
+            freed.num_holds -= 1
+            if freed.num_holds:
+                break
+            self._held_of[freed.tenant] -= 1
+            self._num_held -= 1
+            freed = freed.parent
+        self._look_again(block)
+
+    def _drop_pin(self, block: _Block) -> None:
+        self._unpin(block)
+        self._dropped_pins += 1
