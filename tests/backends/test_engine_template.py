@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tests.backends.tokenizers import CHATML, QWEN, byte_fallback, byte_level
 from transformers import PreTrainedTokenizerFast
 
 from anaphora.backends.engine_template import Template
@@ -32,68 +32,10 @@ from anaphora.types import (
     ToolUsePart,
 )
 
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
-' + message['content'] + '<|im_end|>' + '
-' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
-' }}{% endif %}"""
-
-QWEN = """{%- if tools %}
-{{- '<|im_start|>system\\n' }}{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-{{- '# Tools\\n<tools>' }}{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
-{{- '\\n</tools><|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' + message.content }}
-{%- for call in message.tool_calls or [] %}{%- if not loop.first or message.content %}{{- '\\n' }}{%- endif %}
-{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}
-{{- '}\\n</tool_call>' }}
-{%- endfor %}{{- '<|im_end|>\\n' }}
-{%- elif message.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
-{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-
 STRICT = """{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}
 {{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-CORPUS = [
-    "system user assistant You are a helpful assistant. What is the weather in Oslo today, and the time?",
-    '{"name": "weather", "arguments": {"city": "Oslo"}}\n<tool_call>\n</tool_call>',
-    "# Tools\n\nYou may call one or more functions",
-]
-
-
-def byte_level(template: str | None, *, normalized: bool = False) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"])
-    tokenizer.add_tokens([AddedToken(tag, normalized=normalized) for tag in ("<think>", "<tool_call>", "</tool_call>")])
-    return fast(tokenizer, template, eos_token="<|im_end|>", bos_token="<|endoftext|>")
-
-
-def byte_fallback(template: str) -> PreTrainedTokenizerFast:
-    """The shape of Llama 2's tokenizer: a space in front of every text."""
-    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(0x21, 0x7F)), "▁"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|im_sep|>"])
-    return fast(tokenizer, template)
-
-
-def fast(tokenizer: Tokenizer, template: str | None, **options: str) -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)  # type: ignore[no-untyped-call]
-    made.chat_template = template
-    return made
-
 
 TOKENIZERS = {
     "byte-level": byte_level(CHATML),
@@ -116,9 +58,7 @@ def chat(*messages: Message, **options: Any) -> Request:
 
 
 def text_of(template: Template, request: Request) -> str:
-    text, cut = template.render(request)
-    assert cut == ""
-    return text
+    return template.render(request)
 
 
 def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
@@ -306,7 +246,7 @@ def test_whether_a_template_knows_tools_is_found_out() -> None:
     assert not CHAT.native_tools
 
 
-def test_tools_go_into_a_preamble_behind_the_system_prompt_where_the_template_knows_none() -> None:
+def test_tools_go_into_a_preamble_ahead_of_the_system_prompt_where_the_template_knows_none() -> None:
     text = text_of(CHAT, chat(said("system", "Be brief."), said("user", "hi"), tools=(WEATHER,)))
     schema = json.dumps(
         {
@@ -314,9 +254,10 @@ def test_tools_go_into_a_preamble_behind_the_system_prompt_where_the_template_kn
             "function": {"name": "weather", "description": "Tells the weather.", "parameters": WEATHER.parameters},
         }
     )
-    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert text.startswith("<|im_start|>system\n# Tools\n")
     assert f"<tools>\n{schema}\n</tools>" in text
-    assert '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>' in text
+    call = '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    assert f"{call}\n\nBe brief.<|im_end|>" in text
 
 
 def test_calls_and_results_are_written_in_the_preambles_grammar() -> None:

@@ -1,7 +1,7 @@
 """From a request to token ids: the model's chat template, tools, and the safety of what users write.
 
 **Tools.** Where the model's template renders tool definitions, calls and results, they go through it. Where it does not, a
-preamble in the form that Hermes and Qwen models were trained on is put behind the system prompt: JSON schemas in
+preamble in the form that Hermes and Qwen models were trained on is put in front of the system prompt: JSON schemas in
 `<tools></tools>`; calls are `<tool_call>` blocks, results `<tool_response>` blocks in a user turn.
 
 **A stable prefix.** The prompt of turn k, with the answer's ids, is a prefix of the prompt of turn k + 1 where the template
@@ -11,6 +11,10 @@ day, without the time. The prefix breaks where an answer was not made of the tok
 tokens need not be the tokenizer's own), where a pre-tokenizer joins the first characters of an answer to the
 template's last (both newlines, say), and where a template trims an answer or drops its thinking from the history; from there on
 the prompt is computed anew, and nothing is ever wrong.
+
+**Seams.** What a user or the system says in several parts is encoded part by part: a part's tokens do not depend on what
+follows. So a cache mark behind a part means the same tokens in every prompt that begins with the same parts. An assistant's
+turn has no such joints, because the model wrote it in one go. `places` tells where in the rendered text each part lies.
 
 **Control tokens.** A user who writes `<|im_end|>` must not end his turn. Control tokens in text that did not come from the
 template are cut in two by a character that occurs nowhere else; after rendering the prompt is split there and the pieces are
@@ -23,56 +27,73 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jinja2
+import msgspec
 
+from anaphora.backends.engine_messages import ChatMessage, Defuse, Mark, Written, no_mark
 from anaphora.errors import InvalidRequest
-from anaphora.types import (
-    MediaPart,
-    Message,
-    Request,
-    TextPart,
-    ThinkingPart,
-    Tool,
-    ToolChoice,
-    ToolResultPart,
-    ToolUsePart,
-)
+from anaphora.types import Message, Request, TextPart, Tool, ToolResultPart, ToolUsePart
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOOL_CALL_OPEN = "<tool_call>"
-TOOL_CALL_CLOSE = "</tool_call>"
-
-_PREAMBLE = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{schemas}\n</tools>\n\n"
-    "For each function call, return a json object with function name and arguments within "
-    f"{TOOL_CALL_OPEN}{TOOL_CALL_CLOSE} XML tags:\n"
-    f'{TOOL_CALL_OPEN}\n{{{{"name": <function-name>, "arguments": <args-json-object>}}}}\n{TOOL_CALL_CLOSE}'
-)
-_CHOICE_SENTENCES: dict[str, str] = {
-    "none": "Do not call any function. Answer in plain text.",
-    "any": "You must call at least one function.",
-    "tool": "You must call the function {name}.",
-}
-_ONE_CALL = "Call at most one function."
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 _SEAMLESS_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 _SEAMLESS_PRE_TOKENIZERS = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
 _MIN_MEMO_CHARS = 256
 _MEMO_ENTRIES = 128
+_PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
+_HI = Message("user", (TextPart("hi"),))
+_TOOL = Tool("anaphora_tool", "A probe.", {"type": "object", "properties": {}})
 
-ChatMessage = dict[str, Any]
-"""What chat templates take: role, content, and in some places tool_calls, tool_call_id, name."""
 
-Defuse = Callable[[str, bool], str]
-"""(text, whether the model may have written it) → the text with its control tokens cut."""
+class Seam(msgspec.Struct, frozen=True, array_like=True):
+    """A place in the rendered text that no token reaches across: the tokens before it do not depend on what is behind it."""
+
+    char: int
+    num_tokens: int
+    """Before it."""
+
+
+class Tokenised(msgspec.Struct, frozen=True):
+    """One prompt as the model reads it."""
+
+    ids: list[int]
+    seams: list[Seam] = []
+    """In order. None: it is a raw prompt."""
+    signs: _Signs | None = None
+    text: str = ""
+    """As it was rendered, signs and all."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a part lies in the rendered text without its signs. Of tools and calls only one place inside may be known."""
+
+    start: int
+    end: int
+
+
+class _Signs(msgspec.Struct, frozen=True):
+    """Characters that stand for something in a rendered prompt, and occur in no text of its own."""
+
+    cut: str
+    """Inside a control token that is text. "" where there are none."""
+    joint: str
+    """Behind a part that is encoded by itself."""
+    taken: frozenset[str]
+    """Those that do occur."""
+
+    def marks(self) -> Iterator[str]:
+        """All others."""
+        return (char for char in _private() if char not in self.taken and char not in (self.cut, self.joint))
+
+    def without(self, text: str) -> str:
+        return text.replace(self.joint, "").replace(self.cut, "") if self.cut else text.replace(self.joint, "")
 
 
 class ChatTokenizer(Protocol):
@@ -108,9 +129,15 @@ class Template:
         added = self._backend.get_added_tokens_decoder()
         self._ids = {token.content: id for id, token in added.items()}
         self._all_added = _any_of(self._ids)
-        self._seamless = all(
-            not (token.normalized or token.lstrip or token.rstrip or token.single_word) for token in added.values()
-        ) and _is_seamless(self._backend)
+        apart = {
+            token.content: id
+            for id, token in added.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
+        self._apart = _any_of(apart)
+        """Tokens that are the same wherever they stand."""
+        self._apart_ids = frozenset(apart.values())
+        self._seamless = len(apart) == len(added) and _is_seamless(self._backend)
         try:
             source = tokenizer.get_chat_template()
         except ValueError:
@@ -123,6 +150,9 @@ class Template:
         self._system_role = self._supports_system()
         self.native_tools = self._supports_tools()
         """Whether tools go through the model's own template."""
+        self.tools_place = self._tools_place() if self.native_tools else "first"
+        """Where tools are rendered: ahead of everything, behind the system prompt, or at a place that moves as the conversation
+        goes on (Mistral's: with the last user message)."""
 
     # -- the two questions -------------------------------------------------------------------------------------------
 
@@ -131,16 +161,38 @@ class Template:
 
         Raises InvalidRequest where the messages cannot be rendered; `param` names the field.
         """
+        return self.tokenise(request).ids
+
+    def tokenise(self, request: Request) -> Tokenised:
+        """The same with its seams. Raises as `encode_chat` does."""
         if self._source is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
         if not request.messages:
             raise InvalidRequest("messages must not be empty", param="messages")
-        text, cut = self.render(request)
-        pieces = text.split(cut) if cut else [text]
-        ids = self._encode(pieces[0], request.tenant)
-        for piece in pieces[1:]:
-            ids += self._encode_inner(piece, request.tenant)
-        return ids
+        signs = self._signs(request)
+        text = self._rendered(request, signs)
+        ids: list[int] = []
+        seams: list[Seam] = []
+        char = 0
+        for piece in re.split(f"([{signs.cut}{signs.joint}])", text):
+            if piece == signs.joint:
+                seams.append(Seam(char, len(ids)))
+            elif piece != signs.cut:
+                ids += self._encode_piece(piece, request.tenant, seams, char, len(ids))
+                char += len(piece)
+        return Tokenised(ids, seams, signs, text)
+
+    def places(self, request: Request, tokenised: Tokenised) -> dict[int, Place] | None:
+        """Where the parts of `request` lie, by their number in `engine_messages`; parts that are not rendered have no place.
+
+        None: the template does not say, because it renders other words where a part is marked.
+        """
+        assert tokenised.signs is not None
+        marks = _Marks(tokenised.signs)
+        text = self._rendered(request, tokenised.signs, marks)
+        if marks.removed(text) != tokenised.text:
+            return None
+        return marks.places(text, tokenised.signs)
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a raw prompt, with the special tokens the tokenizer puts around one. An empty one is the BOS token."""
@@ -166,37 +218,35 @@ class Template:
 
     # -- messages → text ---------------------------------------------------------------------------------------------
 
-    def render(self, request: Request) -> tuple[str, str]:
-        """The prompt as text, and the character that cuts control tokens in users' texts ("" where none is needed)."""
+    def render(self, request: Request) -> str:
+        """The prompt as text, and nothing else in it."""
+        signs = self._signs(request)
+        return signs.without(self._rendered(request, signs))
+
+    def _signs(self, request: Request) -> _Signs:
         texts: list[str] = []
 
         def note(text: str, own: bool) -> str:
             texts.append(text)
             return text
 
-        messages, tools = self._write(request, note)
-        cut = ""
-        if any(self._control.search(text) for text in texts):
-            used = set().union(*texts)
-            cut = next(char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
-            messages, tools = self._write(request, lambda text, own: self._cut(text, cut, own))
-        if tools and not self.native_tools:
-            schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-            _add_to_system(messages, _PREAMBLE.format(schemas=schemas))
-        if tools:
-            _add_sentence(messages, request.tool_choice, _chosen(request, tools))
+        Written(request, note, native=self.native_tools)
+        taken = frozenset(char for text in texts for char in _PRIVATE.findall(text))
+        free = (char for char in _private() if char not in taken)
+        cut = next(free) if any(self._control.search(text) for text in texts) else ""
+        return _Signs(cut, next(free), taken)
+
+    def _rendered(self, request: Request, signs: _Signs, mark: Mark = no_mark) -> str:
+        defuse: Defuse = lambda text, own: self._cut(text, signs.cut, own) if signs.cut else text  # noqa: E731
+        written = Written(request, defuse, native=self.native_tools, joint=signs.joint, mark=mark)
         if not self._system_role:
-            _fold_system(messages)
-        last = messages[-1]
+            written.fold_system()
+        last = written.messages[-1]
         going_on = last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
         try:
-            return self._apply(messages, tools if self.native_tools else [], going_on=going_on), cut
+            return self._apply(written.messages, written.tools, going_on=going_on)
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from error
-
-    def _write(self, request: Request, defuse: Defuse) -> tuple[list[ChatMessage], list[dict[str, Any]]]:
-        messages = _Writer(self.native_tools, defuse).messages(request.messages)
-        return messages, [_schema(tool, defuse) for tool in request.tools]
 
     def _cut(self, text: str, cut: str, own: bool) -> str:
         """`text` with every control token in it cut behind its first character; `own`: the model may have written it."""
@@ -234,35 +284,56 @@ class Template:
 
     def _supports_tools(self) -> bool:
         """Whether definitions, calls and results all come out of the template."""
-        parameters = {"type": "object", "properties": {}}
-        tool = _schema(Tool("anaphora_tool", "A probe.", parameters), lambda text, own: text)
         call = ToolUsePart("probe", "anaphora_call", '{"anaphora_argument": 1}')
         result = ToolResultPart("probe", (TextPart("anaphora_result"),))
-        asked = Message("user", (TextPart("hi"),))
-        conversation = (asked, Message("assistant", (call,)), Message("user", (result,)))
-        writer = _Writer(True, lambda text, own: text)
-        defined = self._probe(writer.messages((asked,)), [tool])
-        used = self._probe(_Writer(True, writer.defuse).messages(conversation), [tool])
-        return "anaphora_tool" in defined and all(
-            word in used for word in ("anaphora_call", "anaphora_argument", "anaphora_result")
+        conversation = (_HI, Message("assistant", (call,)), Message("user", (result,)))
+        defined = Written(Request("", messages=(_HI,), tools=(_TOOL,)), _as_it_is, native=True)
+        used = Written(Request("", messages=conversation), _as_it_is, native=True)
+        answered = self._probe(used.messages, [])
+        return "anaphora_tool" in self._probe(defined.messages, defined.tools) and all(
+            word in answered for word in ("anaphora_call", "anaphora_argument", "anaphora_result")
         )
+
+    def _tools_place(self) -> Literal["first", "behind the system prompt", "anywhere"]:
+        said = [("system", "anaphora_system")] if self._system_role else []
+        said += [("user", "anaphora_first"), ("assistant", "an answer"), ("user", "anaphora_last")]
+        messages: list[ChatMessage] = [{"role": role, "content": text} for role, text in said]
+        tools = Written(Request("", messages=(_HI,), tools=(_TOOL,)), _as_it_is, native=True).tools
+        text = self._probe(messages, tools)
+        tool, system, first = (text.find(word) for word in ("anaphora_tool", "anaphora_system", "anaphora_first"))
+        if tool < 0 or tool > first:
+            return "anywhere"
+        return "behind the system prompt" if 0 <= system < tool else "first"
 
     # -- text → ids --------------------------------------------------------------------------------------------------
 
-    def _encode(self, text: str, tenant: str) -> list[int]:
+    def _encode_piece(self, text: str, tenant: str, seams: list[Seam], char: int, num_tokens: int) -> list[int]:
+        """The ids of a piece that begins at character `char` with `num_tokens` tokens before it; its seams are added."""
+        if self._seamless:
+            return self._encode(text, tenant, seams, char, num_tokens)
+        ids = self._encode_inner(text) if char else self._encoded(text)
+        numbers = [number for number, id in enumerate(ids) if id in self._apart_ids]
+        places = list(self._apart.finditer(text))
+        if len(numbers) == len(places):
+            for number, place in zip(numbers, places, strict=True):
+                seams.append(Seam(char + place.start(), num_tokens + number))
+                seams.append(Seam(char + place.end(), num_tokens + number + 1))
+        return ids
+
+    def _encode(self, text: str, tenant: str, seams: list[Seam], char: int, num_tokens: int) -> list[int]:
         """As `tokenizer(text, add_special_tokens=False)`.
 
         Where added tokens are seams that nothing reaches across, what lies between them is encoded apart and remembered:
         turn after turn, only what is new is encoded. The memory is per tenant, or its speed would tell who wrote what.
         """
-        if not self._seamless:
-            return self._encoded(text)
         ids: list[int] = []
         at = 0
         for found in self._all_added.finditer(text):
             ids += self._between(text[at : found.start()], tenant)
+            seams.append(Seam(char + found.start(), num_tokens + len(ids)))
             ids.append(self._ids[found[0]])
             at = found.end()
+            seams.append(Seam(char + at, num_tokens + len(ids)))
         ids += self._between(text[at:], tenant)
         return ids
 
@@ -272,10 +343,8 @@ class Template:
     def _packed(self, text: str, tenant: str) -> array[int]:
         return array("i", self._encoded(text))
 
-    def _encode_inner(self, text: str, tenant: str) -> list[int]:
-        """As `_encode`, of a text that goes on where another ended: without the space some tokenizers put in front."""
-        if self._seamless:
-            return self._encode(text, tenant)
+    def _encode_inner(self, text: str) -> list[int]:
+        """Of a text that goes on where another ended: without the space some tokenizers put in front."""
         newline, ids = self._encoded("\n"), self._encoded("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self._encoded(text)
 
@@ -287,141 +356,58 @@ class Template:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
-class _Writer:
-    """Anaphora's messages → a chat template's, with the client's tool call ids replaced by their place (`call00001`).
+class _Marks:
+    """Puts a character of its own at the end of each part, and finds it again."""
 
-    The ids are nine alphanumeric characters because Mistral's templates insist on it.
-    """
+    def __init__(self, signs: _Signs) -> None:
+        self._free = signs.marks()
+        self._parts: dict[str, tuple[int, str]] = {}
 
-    def __init__(self, native_tools: bool, defuse: Defuse) -> None:
-        self._native = native_tools
-        self.defuse = defuse
-        self._calls: dict[str, tuple[str, str]] = {}
-        """Id given by the client → (id in the prompt, name of the tool)."""
+    def __call__(self, number: int, text: str) -> str:
+        """Ahead of white space at the end, which templates may strip."""
+        head = text.rstrip()
+        if not head:
+            return text
+        mark = next(self._free)
+        self._parts[mark] = (number, text)
+        return head + mark + text[len(head) :]
 
-    def messages(self, messages: Sequence[Message]) -> list[ChatMessage]:
-        written: list[ChatMessage] = []
-        for message in messages:
-            if message.role == "assistant":
-                written.append(self._assistant(message))
-            else:
-                written += self._other(message)
-        return written
+    def removed(self, text: str) -> str:
+        return text.translate(dict.fromkeys(map(ord, self._parts)))
 
-    def _text(self, parts: Sequence[object], own: bool = False) -> str:
-        texts = []
-        for part in parts:
-            if isinstance(part, MediaPart):
-                raise InvalidRequest(f"this model takes text only, not {part.kind} content", param="messages")
-            if isinstance(part, TextPart):
-                texts.append(part.text)
-        # Joined before they are defused, or a control token could hide in the seam.
-        return self.defuse("\n".join(texts), own)
+    def places(self, text: str, signs: _Signs) -> dict[int, Place]:
+        bare = signs.without(self.removed(text))
+        places: dict[int, Place] = {}
+        num_signs = 0
+        for found in _PRIVATE.finditer(text):
+            char = found[0]
+            if char in self._parts:
+                number, part = self._parts[char]
+                places.setdefault(number, _place(bare, found.start() - num_signs, part))
+            num_signs += char in self._parts or char in (signs.cut, signs.joint)
+        return places
 
-    def _assistant(self, message: Message) -> ChatMessage:
-        content = self._text(message.content, own=True)
-        calls = [self._call(part) for part in message.content if isinstance(part, ToolUsePart)]
-        if not calls:
-            return {"role": "assistant", "content": content}
-        if self._native:
-            tool_calls = [{"type": "function", "id": id, "function": call} for id, call in calls]
-            return {"role": "assistant", "content": content, "tool_calls": tool_calls}
-        blocks = [f"{TOOL_CALL_OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{TOOL_CALL_CLOSE}" for _, call in calls]
-        return {"role": "assistant", "content": "\n".join([content, *blocks] if content else blocks)}
 
-    def _call(self, part: ToolUsePart) -> tuple[str, dict[str, Any]]:
-        name = self.defuse(part.name, True)
-        id = f"call{len(self._calls) + 1:05d}"
-        self._calls[part.id] = (id, name)
-        try:
-            arguments: object = json.loads(part.arguments) if part.arguments.strip() else {}
-        except (ValueError, RecursionError):
-            arguments = part.arguments
-        return id, {"name": name, "arguments": _defused(arguments, lambda text: self.defuse(text, True))}
-
-    def _other(self, message: Message) -> list[ChatMessage]:
-        results = [self._result(part) for part in message.content if isinstance(part, ToolResultPart)]
-        has_text = any(not isinstance(part, ToolResultPart | ThinkingPart) for part in message.content)
-        text = self._text(message.content)
-        if self._native or not results:
-            return results + ([{"role": message.role, "content": text}] if has_text or not results else [])
-        blocks = [f"<tool_response>\n{result['content']}\n</tool_response>" for result in results]
-        return [{"role": message.role, "content": "\n".join([*blocks, text] if has_text else blocks)}]
-
-    def _result(self, part: ToolResultPart) -> ChatMessage:
-        if part.tool_use_id not in self._calls:
-            raise InvalidRequest(
-                f"a tool result answers {part.tool_use_id!r}, but no call before it has that id", param="messages"
-            )
-        id, name = self._calls[part.tool_use_id]
-        content = self._text(part.content)
-        return {
-            "role": "tool",
-            "tool_call_id": id,
-            "name": name,
-            "content": f"Error: {content}" if part.is_error else content,
-        }
+def _place(bare: str, end: int, part: str) -> Place:
+    """Of `part` that ends at `end` of the text, where it stands there as it is, perhaps stripped."""
+    head = part.rstrip()
+    space = part[len(head) :]
+    for beginning in (head, head.lstrip()):
+        if bare.endswith(beginning, 0, end):
+            start = end - len(beginning)
+            return Place(start, end + len(space) if bare.startswith(space, end) else end)
+    return Place(end, end)
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _defused(value: object, defuse: Callable[[str], str]) -> Any:
-    """`value` with `defuse` applied to every text in it, keys too."""
-    if isinstance(value, str):
-        return defuse(value)
-    if isinstance(value, Mapping):
-        return {defuse(str(key)): _defused(item, defuse) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_defused(item, defuse) for item in value]
-    return value
+def _as_it_is(text: str, own: bool) -> str:
+    return text
 
 
-def _schema(tool: Tool, defuse: Defuse) -> dict[str, Any]:
-    """The definition in the form templates are written for. Fields Anaphora does not know are left out: models do not
-    know them either."""
-    parameters = tool.parameters or {"type": "object", "properties": {}}
-    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    defused: dict[str, Any] = _defused({"type": "function", "function": function}, lambda text: defuse(text, False))
-    return defused
-
-
-def _add_to_system(messages: list[ChatMessage], text: str) -> None:
-    if messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": text})
-    else:
-        before = messages[0]["content"]
-        messages[0]["content"] = f"{before}\n\n{text}" if before else text
-
-
-def _chosen(request: Request, tools: list[dict[str, Any]]) -> str:
-    """The name of the tool that must be called, as it stands in the prompt; "" where it is left to the model."""
-    if request.tool_choice.mode != "tool":
-        return ""
-    for tool, schema in zip(request.tools, tools, strict=True):
-        if tool.name == request.tool_choice.name:
-            return str(schema["function"]["name"])
-    raise InvalidRequest(f"tool_choice names {request.tool_choice.name!r}, which is not among the tools", param="tool_choice")
-
-
-def _add_sentence(messages: list[ChatMessage], choice: ToolChoice, name: str) -> None:
-    """Say what `tool_choice` asks for at the end of the last message, behind everything a cache may hold."""
-    sentences = []
-    if choice.mode in _CHOICE_SENTENCES:
-        sentences.append(_CHOICE_SENTENCES[choice.mode].format(name=name))
-    if not choice.parallel and choice.mode != "none":
-        sentences.append(_ONE_CALL)
-    last = messages[-1]
-    if sentences and last["role"] != "assistant":
-        last["content"] = "\n\n".join([last["content"], " ".join(sentences)] if last["content"] else [" ".join(sentences)])
-
-
-def _fold_system(messages: list[ChatMessage]) -> None:
-    """For templates without a system role (Gemma's): the system prompt begins the first user message."""
-    if messages[0]["role"] != "system" or len(messages) < 2 or messages[1]["role"] != "user":
-        return
-    system = messages.pop(0)
-    messages[0]["content"] = f"{system['content']}\n\n{messages[0]['content']}"
+def _private() -> Iterator[str]:
+    return map(chr, range(0xF0000, 0xFFFFE))
 
 
 def _date_formats(source: str) -> frozenset[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
-from anaphora.backends.engine_template import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
+from anaphora.backends.engine_messages import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from anaphora.types import TextDelta, Tool, ToolUseDelta
 
 if TYPE_CHECKING:
