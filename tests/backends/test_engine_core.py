@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from anaphora.errors import BackendFailed, ContextTooLong, InvalidRequest, QueueFull
+from anaphora.kv.cache import KVCache
+from anaphora.kv.ends import PromptEnd, PromptEnds, end_key
 from anaphora.types import (
+    BlockHash,
     Finish,
     Message,
     Request,
@@ -105,9 +108,51 @@ def test_there_are_at_least_a_hundred_prompts_and_their_answers_differ(cold: lis
 
 def test_answers_are_the_same_cold_and_warm(driver: Driver, cold: list[list[list[int]]]) -> None:
     assert [driver.ask(chat(prompt)).tokens for prompt in PROMPTS] == cold
+    driver.core._scheduler._ends.forget(Scope())  # so that blocks are reused, and the rest is computed
     warm = [driver.ask(chat(prompt)) for prompt in PROMPTS]
     assert [asked.tokens for asked in warm] == cold
     assert all(reused(asked) == (asked.usage.prompt_tokens - 1) // BLOCK * BLOCK for asked in warm)
+
+
+def test_a_prompt_known_to_its_last_token_is_answered_without_prefill(driver: Driver, cold: list[list[list[int]]]) -> None:
+    some = PROMPTS[::3]
+    assert [driver.ask(chat(prompt)).tokens for prompt in some] == cold[::3]
+    before = prefill_tokens(driver)
+    again = [driver.ask(chat(prompt)) for prompt in some] + driver.ask_together(map(chat, some))
+    assert [asked.tokens for asked in again] == cold[::3] * 2
+    assert all(reused(asked) == asked.usage.prompt_tokens for asked in again)
+    assert prefill_tokens(driver) == before
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK])
+def test_a_known_prompt_may_end_anywhere_in_a_block(driver: Driver, length: int) -> None:
+    prompt = some_tokens(length)
+    first, second, warmed = driver.ask(raw(prompt)), driver.ask(raw(prompt)), driver.ask(raw(prompt, max_tokens=0))
+    assert second.tokens == first.tokens
+    assert (reused(first), reused(second), reused(warmed)) == (0, length, length)
+
+
+def test_a_known_prompt_whose_blocks_were_evicted_is_computed(make_driver: MakeDriver, cold: list[list[list[int]]]) -> None:
+    driver = make_driver(kv_memory=800 * BYTES_PER_TOKEN)
+    driver.core._scheduler._ends = PromptEnds(1 << 30)
+    for _ in range(2):
+        assert [driver.ask(chat(prompt)).tokens for prompt in PROMPTS[:40]] == cold[:40]
+    assert_idle(driver)
+
+
+def test_how_prompts_end_is_kept_within_a_capacity() -> None:
+    ends = PromptEnds(2500)
+    for number in range(4):
+        ends.put(end_key(b"", [number]), PromptEnd(Tenant("a"), torch.zeros(100), torch.zeros(100)))
+    assert [end_key(b"", [number]) in ends for number in range(4)] == [False, True, True, True]
+    assert ends.get(end_key(b"", [1])) is not None
+    ends.put(end_key(b"", [4]), PromptEnd(Tenant("b"), torch.zeros(100), torch.zeros(100)))
+    assert [end_key(b"", [number]) in ends for number in range(5)] == [False, True, False, True, True]
+    ends.put(end_key(b"", [5]), PromptEnd(Tenant("b"), torch.zeros(1000), torch.zeros(100)))
+    assert (len(ends), ends.num_bytes) == (3, 2400)
+    assert ends.forget(Scope(tenant=Tenant("a"))) == 2
+    assert ends.forget(Scope(tag="t")) == 0
+    assert (len(ends), ends.num_bytes) == (1, 800)
 
 
 @pytest.mark.parametrize("policy", ["lru", "gdsf"])
@@ -163,9 +208,10 @@ def test_the_next_turn_finds_prompt_and_answer(driver: Driver) -> None:
     assert second.usage.prompt_tokens == len(history) + 20
 
 
-def test_at_least_one_token_is_computed(driver: Driver) -> None:
+def test_blocks_alone_leave_at_least_one_token_to_compute(driver: Driver) -> None:
     prompt = some_tokens(4 * BLOCK)
     driver.ask(raw(prompt))
+    driver.core._scheduler._ends.forget(Scope())
     assert reused(driver.ask(raw(prompt))) == 3 * BLOCK
 
 
@@ -180,6 +226,25 @@ def test_ten_requests_at_once_prefill_their_new_prefix_once(driver: Driver, plai
     assert prefill_tokens(driver) == 4000 + 10 * 8
     assert sum(map(reused, together)) == 9 * 4000
     assert [asked.tokens for asked in together[:3]] == [plain.ask(request).tokens for request in requests[:3]]
+
+
+def test_who_waits_for_a_prefix_looks_it_up_anew_only_when_it_is_there(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    awaited = KVCache.awaited
+
+    def counted(cache: KVCache, *args: Any, **named: Any) -> BlockHash | None:
+        nonlocal looks
+        looks += 1
+        return awaited(cache, *args, **named)
+
+    monkeypatch.setattr(KVCache, "awaited", counted)
+    prefix = some_tokens(4000)
+    for number in range(10):
+        driver.submit(raw([*prefix, *some_tokens(8, seed=number)], max_tokens=1))
+    assert driver.drain() > 8  # steps
+    assert looks <= 2 * 10
 
 
 def test_when_the_leader_is_cancelled_another_goes_on_where_it_was(driver: Driver) -> None:
@@ -213,7 +278,7 @@ def test_tenants_and_salts_share_nothing(driver: Driver, other: dict[str, Any]) 
     strange = driver.ask(raw(prompt, **other))
     assert reused(strange) == 0
     assert strange.tokens == first.tokens
-    assert reused(driver.ask(raw(prompt))) == reused(driver.ask(raw(prompt, **other))) == 96
+    assert reused(driver.ask(raw(prompt))) == reused(driver.ask(raw(prompt, **other))) == 100
 
 
 def test_what_was_forgotten_is_not_reused(driver: Driver) -> None:
@@ -222,7 +287,7 @@ def test_what_was_forgotten_is_not_reused(driver: Driver) -> None:
     driver.ask(raw(prompt, tenant=Tenant("other")))
     assert driver.core.forget(Scope(tenant=Tenant("other"))) == 6
     assert reused(driver.ask(raw(prompt, tenant=Tenant("other")))) == 0
-    assert reused(driver.ask(raw(prompt))) == 96
+    assert reused(driver.ask(raw(prompt))) == 100
     assert driver.core.forget(Scope()) > 0
     assert reused(driver.ask(raw(prompt))) == 0
 
@@ -414,7 +479,7 @@ def test_n_choices_share_their_prompt_and_differ_by_their_seeds(driver: Driver) 
     assert len({str(tokens) for tokens in asked.tokens}) == 4
     assert asked.completion.usage.prompt_tokens == 200
     assert asked.completion.usage.output_tokens == 40
-    assert prefill_tokens(driver) == 200 + 3 * (200 - 192)
+    assert prefill_tokens(driver) == 200
     assert [delta.choice for delta in asked.deltas if isinstance(delta, Finish)] == [0, 1, 2, 3]
     greedy = driver.ask(raw(prompt, sampling=Sampling(temperature=0.0, n=2)))
     assert greedy.tokens[0] == greedy.tokens[1]
@@ -461,13 +526,13 @@ def say(driver: Driver, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the model answers `text`, then token 10 for ever."""
     script = driver.core._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def forward(tokens: Sequence[int], positions: Sequence[int], segments: object, rows: Sequence[int]) -> Any:
-        logits = torch.zeros(len(rows), driver.core.model.vocab_size)
-        for row in range(len(rows)):
-            logits[row, script.pop(0) if script else 10] = 1.0
-        return logits
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros(len(hidden), driver.core.model.vocab_size)
+        for row in range(len(hidden)):
+            made[row, script.pop(0) if script else 10] = 1.0
+        return made
 
-    monkeypatch.setattr(driver.core.model, "forward", forward)
+    monkeypatch.setattr(driver.core.model, "logits", logits)
 
 
 CALL = '<tool_call>{"name": "look", "arguments": {"at": "sky"}}</tool_call>'

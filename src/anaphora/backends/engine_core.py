@@ -6,12 +6,14 @@ The engine process (`engine_child`) runs one; benchmarks and tests run one in th
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
 
+from anaphora.backends import engine_lengths
 from anaphora.backends.engine import EngineOptions
 from anaphora.backends.engine_kernels import prepare as prepare_kernels
 from anaphora.backends.engine_model import (
@@ -26,21 +28,28 @@ from anaphora.backends.engine_model import (
 from anaphora.backends.engine_output import Output
 from anaphora.backends.engine_sampling import SampledRow, model_defaults, plan_for
 from anaphora.backends.engine_scheduler import Generation, Job, Scheduler, SchedulerOptions
-from anaphora.backends.engine_template import Template
+from anaphora.backends.engine_template import Template, Tokenised
 from anaphora.backends.engine_text import Detokenizer, StopStrings, ToolCallParser
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import ConfigError, ContextTooLong, InvalidRequest, QueueFull, ServiceError
 from anaphora.keys import kv_namespace
 from anaphora.kv.arena import Arena
 from anaphora.kv.cache import KVCache
+from anaphora.kv.ends import PromptEnds
 from anaphora.kv.pool import KVPool
 from anaphora.policies.base import Policy
+from anaphora.prompt import Lengths, Prompt
 from anaphora.types import BlockHash, Delta, ModelInfo, Request, Scope, TextDelta
 
 _UNSUPPORTED = ("response_format", "logit_bias", "modalities", "audio", "grammar", "guided_json", "guided_regex")
 """Fields that would change the answer and that this engine cannot honour: refused, never ignored."""
 
 _MIN_CONTEXT = 256
+_NUM_RECENT = 32
+"""Tokenised requests that are remembered: about as many as may be on their way from being measured to being run."""
+
+_ENDS_SHARE = 32
+"""Beside the KV, one part in so many of its memory keeps how whole prompts end."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
@@ -103,7 +112,11 @@ class EngineCore:
         self._defaults = model_defaults(self.model.generation_defaults)
         self._fingerprint = fingerprint(folder, dtype, options.block_size, models_dir)
         self._cache = KVCache(
-            plan.num_blocks, options.block_size, policy, block_bytes=options.block_size * shape.bytes_per_token
+            plan.num_blocks,
+            options.block_size,
+            policy,
+            block_bytes=options.block_size * shape.bytes_per_token,
+            pin_quota=options.pin_quota,
         )
         self._scheduler = Scheduler(
             self.model,
@@ -111,6 +124,7 @@ class EngineCore:
             Arena(plan.arena_tokens),
             self._cache,
             SchedulerOptions(options.max_num_seqs, options.prefill_chunk, options.mixed_chunk, options.prefix_caching),
+            ends=PromptEnds(options.kv_memory // _ENDS_SHARE),
             clock=self._clock,
         )
         self.info = ModelInfo(
@@ -123,6 +137,8 @@ class EngineCore:
         # Requests on their way from the thread that prepares to the one that steps; each thread writes one of the two.
         self._num_prepared = 0
         self._num_submitted = 0
+        self._recent: deque[tuple[Request, list[Tokenised]]] = deque(maxlen=_NUM_RECENT)
+        """Requests that were measured, and will be run in a moment."""
         self.load_s = time.monotonic() - started_s
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -143,7 +159,7 @@ class EngineCore:
         if num_waiting >= self._options.max_queue:
             message = f"{num_waiting} requests are waiting already; retry later"
             raise QueueFull(message, retry_after_s=self._retry_after_s(num_waiting))
-        prompts = self._tokenise(request)
+        prompts = [tokenised.ids for tokenised in self._tokenise(request)]
         left = self.context - max(len(prompt) for prompt in prompts)
         if left < 1:
             longest = self.context - left
@@ -165,6 +181,7 @@ class EngineCore:
             for p, prompt in enumerate(prompts)
             for i in range(n)
         ]
+        generations[0].keep = self._kept(request, len(prompts[0]))
         self._num_prepared += len(generations)
         return Job(
             id,
@@ -183,7 +200,14 @@ class EngineCore:
         )
 
     def count_tokens(self, request: Request) -> int:
-        return sum(map(len, self._tokenise(request)))
+        return sum(len(tokenised.ids) for tokenised in self._tokenise(request))
+
+    def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
+        """As `backends.base.Measuring` says; on the thread of `prepare`. Of several raw prompts nothing can be told."""
+        if len(request.prompts) > 1:
+            return None
+        (tokenised,) = self._tokenise(request)
+        return engine_lengths.lengths(self._template, request, prompt, tokenised)
 
     def submit(self, job: Job) -> None:
         self._scheduler.submit(job)
@@ -203,6 +227,7 @@ class EngineCore:
         if scope.tag is not None or scope.model not in (None, self.info.id):
             return 0
         self._template.forget()
+        self._recent.clear()
         return self._scheduler.forget(scope)
 
     def stats(self) -> dict[str, int | float | str]:
@@ -217,6 +242,9 @@ class EngineCore:
             "kv_blocks_cached": cache.num_cached,
             "kv_blocks_evicted": cache.evicted_blocks,
             "kv_blocks_forgotten": cache.forgotten_blocks,
+            "kv_blocks_pinned": cache.num_held,
+            "kv_pins": cache.num_pins,
+            "kv_pins_dropped": cache.dropped_pins,
             "kv_block_size": self._options.block_size,
             "kv_bytes_per_token": self.model.kv_shape.bytes_per_token,
             "kv_arena_tokens": self._plan.arena_tokens,
@@ -228,14 +256,27 @@ class EngineCore:
             "device": str(self.model.device),
         }
 
-    def _tokenise(self, request: Request) -> list[list[int]]:
+    def _tokenise(self, request: Request) -> list[Tokenised]:
+        """Of what was asked a moment ago (to be measured, and then to be run) the same, without doing it again."""
+        if request.keep:
+            request = msgspec.structs.replace(request, keep=())
+        for asked, prompts in reversed(tuple(self._recent)):
+            if asked == request:
+                return prompts
         if request.prompts:
-            prompts = [self._template.encode_prompt(prompt) for prompt in request.prompts]
+            prompts = [Tokenised(self._template.encode_prompt(prompt)) for prompt in request.prompts]
         else:
-            prompts = [self._template.encode_chat(request)]
-        if not all(prompts):
+            prompts = [self._template.tokenise(request)]
+        if not all(tokenised.ids for tokenised in prompts):
             raise InvalidRequest("the prompt is empty", param="prompt")
+        self._recent.append((request, prompts))
         return prompts
+
+    def _kept(self, request: Request, num_tokens: int) -> list[tuple[int, float]]:
+        """(number of blocks, until when) of what is promised, shortest first. The last token's block is never reused."""
+        now_s, size = self._clock.now_s(), self._options.block_size
+        kept = ((min(keep.num_tokens, num_tokens - 1) // size, now_s + keep.for_s) for keep in request.keep)
+        return sorted((num_blocks, until_s) for num_blocks, until_s in kept if num_blocks)
 
     def _output(self, request: Request, choice: int) -> Output:
         tools = ToolCallParser(request.tools, choice=choice) if request.tools and request.tool_choice.mode != "none" else None

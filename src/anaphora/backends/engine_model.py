@@ -228,9 +228,9 @@ class Model:
             self._layers = DecodeLayers(self._net.base_model, self._weights, pool) if self._weights is not None else None
 
     def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], segments: tuple[Segment, ...], logit_rows: Sequence[int]
+        self, tokens: Sequence[int], positions: Sequence[int], segments: tuple[Segment, ...], rows: Sequence[int]
     ) -> torch.Tensor:
-        """Run the packed tokens; write their KV into the arena; logits [len(logit_rows), vocab] in float32."""
+        """Run the packed tokens; write their KV into the arena; last hidden states of `rows` [len(rows), hidden size]."""
         with torch.inference_mode():
             ids = torch.tensor([tokens], device=self.device)
             where = torch.tensor([positions], device=self.device)
@@ -239,10 +239,12 @@ class Model:
             else:
                 self._attention.begin(segments, self.device)
                 hidden = self._net.base_model(input_ids=ids, position_ids=where, use_cache=False).last_hidden_state[0]
-            if not logit_rows:
-                return torch.empty((0, self.vocab_size), device=self.device)
-            rows = hidden if len(logit_rows) == len(tokens) else hidden[torch.tensor(logit_rows, device=self.device)]
-            logits: torch.Tensor = self._net.lm_head(rows).float()
+            return hidden if len(rows) == len(tokens) else hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden size], as `forward` gives it → [rows, vocab] in float32."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self._net.lm_head(hidden).float()
             return logits
 
     def _switch_and_check(self) -> None:
@@ -278,7 +280,9 @@ class Model:
             rows = []
             for start, end in ((0, split), (split, length - 1), (length - 1, length)):
                 n = end - start
-                rows.append(self.forward(tokens[start:end], range(start, end), (Segment(0, n, 0, start),), range(n)))
+                rows.append(
+                    self.logits(self.forward(tokens[start:end], range(start, end), (Segment(0, n, 0, start),), range(n)))
+                )
         except (RuntimeError, TypeError, AttributeError, IndexError) as cause:
             raise ConfigError(f"this architecture does not run on the engine's attention: {cause}") from cause
         return (torch.cat(rows) - expected).abs().max().item() / expected.abs().max().item()

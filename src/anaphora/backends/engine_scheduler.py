@@ -29,6 +29,7 @@ from anaphora.errors import ServiceError
 from anaphora.keys import block_hashes
 from anaphora.kv.arena import Arena
 from anaphora.kv.cache import KVCache, Lease
+from anaphora.kv.ends import PromptEnd, PromptEnds, end_key
 from anaphora.kv.pool import KVPool
 from anaphora.types import (
     Begin,
@@ -64,6 +65,8 @@ class Generation:
         self.row = row
         self.output = output
         self.hashes: list[BlockHash] = []
+        self.awaited: BlockHash | None = None
+        """While it waits: the last block that somebody else is just computing for it."""
         self.num_computed = 0
         self.num_committed = 0
         """Blocks of this sequence that the cache holds, or that it found there."""
@@ -71,6 +74,10 @@ class Generation:
         self.extent: tuple[int, int] | None = None
         self.reused: int | None = None
         """Prompt tokens found in the cache when it was first admitted."""
+        self.keep: list[tuple[int, float]] = []
+        """Blocks of the prompt that are to be pinned as soon as they are committed, shortest first, and until when."""
+        self.known: torch.Tensor | None = None
+        """The last position's hidden state, where all its tokens were known already: nothing is left to run."""
 
     @property
     def num_generated(self) -> int:
@@ -78,7 +85,7 @@ class Generation:
 
     @property
     def num_left(self) -> int:
-        """Tokens without KV: 1 while decoding, more while prefilling."""
+        """Tokens without KV: 1 while decoding, more while prefilling, 0 where the next one is only to be sampled."""
         return len(self.tokens) - self.num_computed
 
 
@@ -158,12 +165,14 @@ class Scheduler:
         cache: KVCache,
         options: SchedulerOptions,
         *,
+        ends: PromptEnds,
         clock: Clock,
     ) -> None:
         self._model = model
         self._pool = pool
         self._arena = arena
         self._cache = cache
+        self._ends = ends
         self._options = options
         self._clock = clock
         self._waiting: deque[tuple[Job, Generation]] = deque()
@@ -193,6 +202,7 @@ class Scheduler:
         """Drop the cached blocks of `scope.tenant` and return how many. Requests of it that are here already leave none."""
         for job, _ in itertools.chain(self._running, self._waiting):
             job.forgotten = job.forgotten or scope.tenant in (None, job.tenant)
+        self._ends.forget(scope)
         return self._cache.forget(scope)
 
     def fail_all(self, error: ServiceError) -> None:
@@ -204,11 +214,13 @@ class Scheduler:
 
     def step(self) -> bool:
         """Run one forward pass. False where there is nothing left to do."""
+        self._cache.expire(self._clock.now_s())
         self._admit()
+        answered = self._answer_known()
         batch = self._pack()
         if not batch:
             # The only one running may just have given up its extent, to come back where there is more room.
-            return bool(self._waiting)
+            return answered or bool(self._waiting)
         started_s = self._clock.monotonic_s()
         tokens: list[int] = []
         positions: list[int] = []
@@ -224,7 +236,8 @@ class Scheduler:
             if past + count == len(sequence.tokens) and job.max_tokens > 0:
                 rows.append(len(tokens) - 1)
                 sampled.append((job, sequence))
-        logits = self._model.forward(tokens, positions, tuple(segments), rows)
+        hidden = self._model.forward(tokens, positions, tuple(segments), rows)
+        logits = self._model.logits(hidden) if rows else None
         elapsed_s = self._clock.monotonic_s() - started_s
         self.counters.forward_seconds += elapsed_s
         self.counters.num_steps += 1
@@ -234,7 +247,9 @@ class Scheduler:
             self.counters.request_prefill_kv_computed_tokens += max(0, min(count, sequence.num_prompt - before))
             if self._caches(job):
                 self._commit(sequence, cost_s=elapsed_s * self._pool.block_size / len(tokens))
-        self._advance(sampled, logits)
+        if logits is not None:
+            self._keep_ends(sampled, hidden)
+            self._advance(sampled, logits)
         for job, sequence, _ in batch:
             if job.max_tokens == 0 and sequence.num_left == 0:
                 self._finish(job, sequence, "max_tokens", [])
@@ -267,9 +282,12 @@ class Scheduler:
         if not self._caches(job):
             sequence.hashes = []
             return False
+        if sequence.awaited is not None and self._cache.is_coming(sequence.awaited):
+            return True  # asked in every step for everybody who waits: the whole prefix is looked up only when it has changed
         if not sequence.hashes:
             sequence.hashes = block_hashes(sequence.namespace, sequence.tokens, self._pool.block_size)
-        return self._cache.num_announced(sequence.hashes, len(sequence.tokens), tenant=job.tenant) > 0
+        sequence.awaited = self._cache.awaited(sequence.hashes, len(sequence.tokens), tenant=job.tenant)
+        return sequence.awaited is not None
 
     def _enter(self, job: Job, sequence: Generation, extent: tuple[int, int]) -> None:
         lease = self._cache.match(sequence.hashes, len(sequence.tokens), tenant=job.tenant)
@@ -278,8 +296,13 @@ class Scheduler:
         sequence.lease, sequence.extent = lease, extent
         sequence.num_committed = matched
         sequence.num_computed = matched * self._pool.block_size
+        self._pin(sequence)
         self._cache.announce(lease, sequence.hashes[matched:])
         self._running.append((job, sequence))
+        end = self._ends.get(self._end_key(sequence)) if self._caches(job) and self._all_but_the_end(sequence) else None
+        if end is not None:
+            self._pool.write_arena(extent[0] + sequence.num_computed, end.kv)
+            sequence.known, sequence.num_computed = end.hidden, len(sequence.tokens)
         if sequence.reused is None:
             self._count_first_entry(job, sequence)
 
@@ -297,6 +320,44 @@ class Scheduler:
             job.begun = True
             counters.request_queue_time_seconds += self._clock.monotonic_s() - job.submitted_s
             job.emit([Begin(job.model, job.usage()), *job.preface])
+
+    # -- prompts that are known to their last token --------------------------------------------------------------------
+
+    def _all_but_the_end(self, sequence: Generation) -> bool:
+        """Whether it stands on all blocks that `match` ever gives."""
+        return sequence.num_computed == (len(sequence.tokens) - 1) // self._pool.block_size * self._pool.block_size
+
+    def _end_key(self, sequence: Generation) -> BlockHash:
+        num_blocks = (len(sequence.tokens) - 1) // self._pool.block_size
+        parent = sequence.hashes[num_blocks - 1] if num_blocks else sequence.namespace
+        return end_key(parent, sequence.tokens[num_blocks * self._pool.block_size :])
+
+    def _keep_ends(self, sampled: list[tuple[Job, Generation]], hidden: torch.Tensor) -> None:
+        """Of prompts that were just computed to their end; `hidden` has a row for each of `sampled`."""
+        for (job, sequence), row in zip(sampled, hidden, strict=True):
+            if sequence.num_generated or not self._caches(job) or (key := self._end_key(sequence)) in self._ends:
+                continue
+            assert sequence.extent is not None
+            start = (sequence.num_prompt - 1) // self._pool.block_size * self._pool.block_size
+            kv = self._pool.read_arena(sequence.extent[0] + start, sequence.num_prompt - start)
+            self._ends.put(key, PromptEnd(job.tenant, kv, row.clone()))
+
+    def _answer_known(self) -> bool:
+        """The first token of those that need no forward pass. False where there are none."""
+        known = [(job, sequence) for job, sequence in self._running if sequence.known is not None]
+        answering: list[tuple[Job, Generation]] = []
+        hidden: list[torch.Tensor] = []
+        for job, sequence in known:
+            assert sequence.known is not None
+            if job.max_tokens == 0:
+                self._finish(job, sequence, "max_tokens", [])
+                continue
+            answering.append((job, sequence))
+            hidden.append(sequence.known)
+            sequence.known = None
+        if answering:
+            self._advance(answering, self._model.logits(torch.stack(hidden)))
+        return bool(known)
 
     # -- packing -----------------------------------------------------------------------------------------------------
 
@@ -347,6 +408,7 @@ class Scheduler:
 
     def _preempt(self, job: Job, sequence: Generation) -> None:
         self._leave(job, sequence)
+        sequence.known = None
         sequence.num_computed = 0
         sequence.num_committed = 0
         self.counters.num_preemptions += 1
@@ -371,10 +433,15 @@ class Scheduler:
         self._pool.save(stored.block_ids, sequence.extent[0] + sequence.num_committed * size)
         self._cache.commit(sequence.lease, len(stored.block_ids), cost_s=cost_s)
         sequence.num_committed += len(stored.block_ids)
+        self._pin(sequence)
+
+    def _pin(self, sequence: Generation) -> None:
+        """What was promised of it, as far as it is committed."""
+        while sequence.keep and sequence.keep[0][0] <= sequence.num_committed:
+            num_blocks, until_s = sequence.keep.pop(0)
+            self._cache.pin(sequence.hashes[num_blocks - 1], until_s)
 
     def _advance(self, sampled: list[tuple[Job, Generation]], logits: torch.Tensor) -> None:
-        if not sampled:
-            return
         drawn = sample(logits, [sequence.row for _, sequence in sampled])
         for (job, sequence), result in zip(sampled, drawn, strict=True):
             token = result.token

@@ -52,6 +52,29 @@ class KVPool:
             source = self._span(start + offset * self.block_size, count)
             self._blocks[first : first + count].copy_(source.permute(3, 0, 1, 2, 4, 5))
 
+    def read_arena(self, start: int, length: int) -> torch.Tensor:
+        """A copy of `length` positions from `start` on: [layers, 2, kv_heads, length, head_dim]."""
+        return self.arena[:, :, :, start : start + length].clone()
+
+    def write_arena(self, start: int, kv: torch.Tensor) -> None:
+        self.arena[:, :, :, start : start + kv.shape[3]].copy_(kv)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.shape.bytes_per_token
+
+    def empty_blocks(self, count: int) -> torch.Tensor:
+        """Room in the host's memory for the content of `count` blocks, in the pool's layout."""
+        return torch.empty((count, *self._blocks.shape[1:]), dtype=self.shape.dtype)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """A copy of blocks in the host's memory, in their order."""
+        return self._blocks[torch.tensor(block_ids, device=self._blocks.device)].cpu()
+
+    def write_blocks(self, block_ids: Sequence[int], content: torch.Tensor) -> None:
+        for first, count, offset in _runs(block_ids):
+            self._blocks[first : first + count].copy_(content[offset : offset + count])
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy `length` positions inside the arena; the extents must not overlap."""
         self.arena[:, :, :, target : target + length].copy_(self.arena[:, :, :, source : source + length])
