@@ -248,7 +248,10 @@ def test_evicted_runs_are_handed_out_in_ascending_order() -> None:
 
 
 def num_announced(cache: KVCache, tokens: Sequence[int], tenant: Tenant = A) -> int:
-    return cache.num_announced(hashes_of(tokens, tenant), len(tokens), tenant=tenant)
+    """Blocks right behind the cached ones that are being computed."""
+    hashes = hashes_of(tokens, tenant)
+    last = cache.awaited(hashes, len(tokens), tenant=tenant)
+    return 0 if last is None else hashes.index(last) + 1 - num_cached(cache, tokens, tenant)
 
 
 def test_followers_see_what_is_being_computed_until_it_is_there() -> None:

@@ -356,13 +356,16 @@ class KVCacheMachine(RuleBasedStateMachine):
     @rule(tenant=tenants, tokens=prompts)
     def look(self, tenant: Tenant, tokens: Tokens) -> None:
         """Who computes the next blocks of this prompt? And is nothing found for a caller who lost its head?"""
-        computed = {h for request in self.running for h in request.announced} | set(self.pending())
+        computed = {h for request in self.running for h in request.announced - set(self.stored)} | set(self.pending())
         count = 0
         for i, block_hash in enumerate(self.hashes(tenant, tokens)[len(self.prefix(tenant, tokens)) :]):
             if block_hash not in computed or (len(self.prefix(tenant, tokens)) + i + 1) * BLOCK_SIZE >= len(tokens):
                 break
             count += 1
-        assert self.cache.num_announced(self.hashes(tenant, tokens), len(tokens), tenant=tenant) == count
+        hashes = self.hashes(tenant, tokens)
+        awaited = self.cache.awaited(hashes, len(tokens), tenant=tenant)
+        assert awaited == (hashes[len(self.prefix(tenant, tokens)) + count - 1] if count else None)
+        assert awaited is None or self.cache.is_coming(awaited)
         lease = self.cache.match(self.hashes(tenant, tokens)[1:], len(tokens), tenant=tenant)
         assert lease.block_ids == [], "a block was found at a place it was not computed for"
         self.cache.release(lease)
@@ -446,7 +449,9 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "a lease can be released twice": ("lease._released = True\n        self._leases.remove(lease)", "pass"),
     "release keeps the announcement": ("remove(lease)\n        self._withdraw(lease)", "remove(lease)"),
     "what gets no room stays announced": ("if num_adopted + room < len(hashes):", "if False:"),
-    "what is pending is not being computed": (" and not self._is_pending(block_hash)", ""),
+    "what is pending is not being computed": ("else block.state is _State.PENDING", "else False"),
+    "what is there is still being computed": ("else block.state is _State.PENDING", "else True"),
+    "the first block is awaited": ("            last = block_hash\n", "            last = last or block_hash\n"),
     "forget spares leased blocks": (COVERED, f"{COVERED[:-1]} and not block.num_leases]"),
     "forget spares pending blocks": (COVERED, f"{COVERED[:-1]} and block.state is _State.COMMITTED]"),
     "forget frees leased blocks": ("elif block.num_leases == 0:", "else:"),

@@ -42,7 +42,6 @@ import msgspec
 from anaphora.policies.base import Policy
 from anaphora.types import BlockHash, Scope, Tenant
 
-
 PINNED_SHARE = 0.75
 """Of the pool, at most so much is held by the pins of all tenants together: the rest is there for whoever comes."""
 
@@ -93,8 +92,18 @@ class _Block:
     """One physical block that is not free."""
 
     __slots__ = (
-        "cost_s", "hash", "id", "num_children", "num_holds", "num_leases", "parent", "parked", "pinned_until_s", "state", "tenant"
-    )  # fmt: skip
+        "cost_s",
+        "hash",
+        "id",
+        "num_children",
+        "num_holds",
+        "num_leases",
+        "parent",
+        "parked",
+        "pinned_until_s",
+        "state",
+        "tenant",
+    )
 
     def __init__(self, block_id: int, block_hash: BlockHash, parent: _Block | None, tenant: Tenant) -> None:
         self.id = block_id
@@ -326,7 +335,7 @@ class KVCache:
         """Say that this lease's request is about to compute `hashes`; replaces what it announced before, () takes it back.
 
         An announcement ends with the lease, or as soon as there is no room for one of its blocks. So whoever waits for a block
-        (`num_announced`) finds it committed in the end, or is free to compute it.
+        (`awaited`) finds it committed in the end, or is free to compute it.
         """
         self._expect_live(lease)
         self._withdraw(lease)
@@ -336,17 +345,24 @@ class KVCache:
         for block_hash in lease._announced:
             self._announced[block_hash] = self._announced.get(block_hash, 0) + 1
 
-    def num_announced(self, hashes: Sequence[BlockHash], num_tokens: int, *, tenant: Tenant) -> int:
-        """How many blocks right behind what `match` would find now are being computed by somebody. Changes nothing.
+    def awaited(self, hashes: Sequence[BlockHash], num_tokens: int, *, tenant: Tenant) -> BlockHash | None:
+        """Of the blocks right behind what `match` would find now, the last one that is being computed by somebody, and all
+        before it too; None: the first one is not. Changes nothing. O(number of blocks).
 
-        A request for which this is not 0 is better off waiting: it would compute the same blocks at the same time.
+        A request is better off waiting for it, or it would compute the same blocks at the same time. As long as it `is_coming`
+        there is no need to look again.
         """
-        count = 0
+        last: BlockHash | None = None
         for block_hash in hashes[len(self._cached_prefix(hashes, num_tokens, tenant)) : self._usable(hashes, num_tokens)]:
-            if block_hash not in self._announced and not self._is_pending(block_hash):
+            if not self.is_coming(block_hash):
                 break
-            count += 1
-        return count
+            last = block_hash
+        return last
+
+    def is_coming(self, block_hash: BlockHash) -> bool:
+        """Whether somebody is computing the block now, or is about to. O(1)."""
+        block = self._index.get(block_hash)
+        return block_hash in self._announced if block is None else block.state is _State.PENDING
 
     # -- looking at it -------------------------------------------------------------------------------------------------
 
@@ -447,10 +463,6 @@ class KVCache:
         if block is None or block.state is not _State.COMMITTED or block.tenant != tenant or block.parent is not parent:
             return None
         return block
-
-    def _is_pending(self, block_hash: BlockHash) -> bool:
-        block = self._index.get(block_hash)
-        return block is not None and block.state is _State.PENDING
 
     def _absent(self, hashes: Sequence[BlockHash], start: int) -> int:
         """How many hashes from `start` on have no block at all. A block that is there, but was not adopted, ends the chain."""
