@@ -92,9 +92,14 @@ def sketch(prompt: Prompt, chain: tuple[bytes, ...], lengths: Lengths, *, kept: 
 
 def common_blocks(one: Sketch, other: Sketch) -> int:
     """How many leading blocks are the same."""
+    chain, chain_2 = one.chain, other.chain
+    num = min(len(chain), len(chain_2))
+    if not num or chain[0] != chain_2[0]:
+        return 0
+    if chain[num - 1] == chain_2[num - 1]:
+        return num
     # Once two chains part they never meet again, so the place can be halved in on.
-    shorter = range(min(len(one.chain), len(other.chain)))
-    return bisect_left(shorter, True, key=lambda i: one.chain[i] != other.chain[i])
+    return bisect_left(range(num), True, 1, key=lambda i: chain[i] != chain_2[i])
 
 
 def common_tokens(before: Sketch, now: Sketch) -> int:

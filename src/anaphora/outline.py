@@ -12,6 +12,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
+from operator import eq
 from typing import Any
 
 import msgspec
@@ -28,9 +29,9 @@ _MAX_EXCERPTS = 8
 
 _LABEL = 48
 _OPAQUE = frozenset({"tool", "image", "audio", "document"})
-_SUSPECT = re.compile(r"\d[\d:.,/T-]{3,}|[0-9a-fA-F]{8}|@\w")
-_USER = re.compile(
-    r"(?im)^.{0,30}\b(?:user|customer|client|account|tenant|session|member|name|locale|timezone)\b[^\n]{0,20}[:=]"
+_SUSPECT = re.compile(r"[0-9][0-9a-fA-FT:.,/-]{3}")
+_WHO = frozenset(
+    ("user", "username", "customer", "client", "account", "tenant", "session", "member", "name", "email", "locale", "timezone")
 )
 
 
@@ -151,42 +152,47 @@ def _texts(one: Piece, other: Piece, path: str, text: str) -> Parting:
         return Parting(path, "whitespace-drift", None, one.label, other.label)
     if not one.lines or not other.lines:
         return Parting(path, "", None, one.label, other.label)
-    same = sum((Counter(one.lines) & Counter(other.lines)).values())
-    line = next((i for i, pair in enumerate(zip(one.lines, other.lines, strict=False)) if pair[0] != pair[1]), None)
-    if line is None:
-        line = min(len(one.lines), len(other.lines))
-        grown = other.role == "user" and len(other.lines) > line
-        after, offset = _line(text, line)
-        return Parting(path, "same-message-extended" if grown else "", offset, "(end of the text)" if grown else "", after)
-    if same == len(one.lines) == len(other.lines):
-        after, offset = _line(text, line)
-        return Parting(path, "few-shot-shuffle", offset, _kept(one, line), after)
-    return _line_by_line(one, other, path, text, line, same)
+    return _line_by_line(one, other, path, _lines(text))
 
 
-def _line_by_line(one: Piece, other: Piece, path: str, text: str, line: int, same: int) -> Parting:
-    code, before, (after, offset) = "", _kept(one, line), _line(text, line)
-    changed = [i for i, pair in enumerate(zip(one.lines, other.lines, strict=False)) if pair[0] != pair[1]]
-    if len(one.lines) == len(other.lines) and len(changed) <= max(4, len(one.lines) // 4):
-        found = [_cause(one, text, i) for i in changed]
+def _line_by_line(one: Piece, other: Piece, path: str, lines: list[str]) -> Parting:
+    """`lines` are those of the new text."""
+    num, num_2 = len(one.lines), len(other.lines)
+    changed = [i for i, same in enumerate(map(eq, one.lines, other.lines)) if not same]
+    if not changed:
+        line = min(num, num_2)
+        grown = other.role == "user" and num_2 > num
+        code, before = ("same-message-extended", "(end of the text)") if grown else ("", "")
+        return Parting(path, code, _start(lines, line), before, texts.excerpt(lines[line], 0) if line < num_2 else "")
+    line = changed[0]
+    if num == num_2 and sorted(one.lines) == sorted(other.lines):
+        return Parting(path, "few-shot-shuffle", _start(lines, line), _kept(one, line), texts.excerpt(lines[line], 0))
+    code = ""
+    if num == num_2 and len(changed) <= max(4, num // 4):
+        found = [_cause(one, i, lines[i]) for i in changed]
         if all(found):
             code = found[0]
-    if line in one.excerpts:
-        start, before = one.excerpts[line]
-        whole = _lines(text)[line]
-        inside = texts.first_offset(before, whole[start : start + EXCERPT])
-        after, offset = texts.excerpt(whole, start + inside), offset + start + inside
-        before = texts.excerpt(before, inside)
-    if not code and other.section == "system" and 2 * same >= max(len(one.lines), len(other.lines)):
+    if not code and other.section == "system" and _similar(one, other, num_same=min(num, num_2) - len(changed)):
         code = "system-changed"
-    return Parting(path, code, offset, before, after)
-
-
-def _cause(one: Piece, text: str, line: int) -> str:
     if line not in one.excerpts:
-        return ""
+        return Parting(path, code, _start(lines, line), _kept(one, line), texts.excerpt(lines[line], 0))
     start, before = one.excerpts[line]
-    codes = texts.causes(before, _lines(text)[line][start : start + EXCERPT])
+    inside = texts.first_offset(before, lines[line][start : start + EXCERPT])
+    after = texts.excerpt(lines[line], start + inside)
+    return Parting(path, code, _start(lines, line) + start + inside, texts.excerpt(before, inside), after)
+
+
+def _similar(one: Piece, other: Piece, *, num_same: int) -> bool:
+    """At least half of the lines are the same; `num_same` are, at the same place."""
+    enough = -(-max(len(one.lines), len(other.lines)) // 2)
+    return num_same >= enough or sum((Counter(one.lines) & Counter(other.lines)).values()) >= enough
+
+
+def _cause(one: Piece, number: int, line: str) -> str:
+    if number not in one.excerpts:
+        return ""
+    start, before = one.excerpts[number]
+    codes = texts.causes(before, line[start : start + EXCERPT])
     return codes[0] if codes else ""
 
 
@@ -194,19 +200,19 @@ def _kept(piece: Piece, line: int) -> str:
     return piece.excerpts[line][1] if line in piece.excerpts else piece.label if line == 0 else ""
 
 
-def _line(text: str, number: int) -> tuple[str, int]:
-    """(an excerpt of the line, characters before it)."""
-    lines = _lines(text)
-    return texts.excerpt(lines[number], 0), sum(len(line) + 1 for line in lines[:number])
+def _start(lines: list[str], number: int) -> int:
+    """Characters before the line."""
+    return sum(map(len, lines[:number])) + number
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------------
 
 
 def _piece(block: Block) -> Piece:
-    _, body, *_ = msgspec.json.decode(block.content)
-    text = _text(block)
+    body = msgspec.json.decode(block.content)[1]
+    text = _text_of(body)
     lines = _lines(text)
+    encoded = text.encode()
     plain = not isinstance(body, dict) or "text" in body
     if block.section == "tools":
         label = body if isinstance(body, str) else str(body.get("name", body.get("type", "")))
@@ -219,16 +225,19 @@ def _piece(block: Block) -> Piece:
         content=zlib.crc32(block.content),
         label=label,
         lines=array("I", [zlib.crc32(line.encode()) for line in map(_bare, lines)] if len(lines) <= _MAX_LINES else []),
-        squeezed=zlib.crc32("".join(text.split()).encode()),
-        normal=zlib.crc32((text if text.isascii() else unicodedata.normalize("NFC", text)).encode()),
+        squeezed=zlib.crc32(encoded.translate(None, b" \t\r\n\v\f")),
+        normal=zlib.crc32(encoded if text.isascii() else unicodedata.normalize("NFC", text).encode()),
         unordered=0 if plain and block.section != "tools" else _unordered(block.content),
         excerpts=dict(_suspects(text, lines, block.section)) if len(lines) <= _MAX_LINES and block.kind not in _OPAQUE else {},
     )
 
 
 def _text(block: Block) -> str:
+    return _text_of(msgspec.json.decode(block.content)[1])
+
+
+def _text_of(body: Any) -> str:
     """Of a text block its text, of any other its compact JSON."""
-    body: Any = msgspec.json.decode(block.content)[1]
     if isinstance(body, dict) and isinstance(body.get("text"), str) and body.get("type") == "text":
         return str(body["text"])
     return msgspec.json.encode(body).decode()
@@ -249,16 +258,23 @@ def _unordered(content: bytes) -> int:
 
 def _suspects(text: str, lines: list[str], section: Section) -> Iterator[tuple[int, tuple[int, str]]]:
     """Excerpts of the lines that hold a date, an id, a longer number, or (in instructions) a field of a user."""
-    patterns = (_SUSPECT, _USER) if section == "system" else (_SUSPECT,)
-    if not any(pattern.search(text) for pattern in patterns):
-        return
+    numbered = _SUSPECT.search(text) is not None
+    instructs = section == "system" and ("@" in text or any(map(text.lower().__contains__, _WHO)))
     num = 0
-    for number, line in enumerate(lines):
-        match = next((found for pattern in patterns if (found := pattern.search(line)) is not None), None)
-        if match is None:
+    for number, line in enumerate(lines if numbered or instructs else ()):
+        match = _SUSPECT.search(line) if numbered else None
+        if match is None and not (instructs and _is_of_a_user(line)):
             continue
-        start = max(0, match.start() - EXCERPT // 3) if len(line) > EXCERPT else 0
+        start = max(0, match.start() - EXCERPT // 3) if match is not None and len(line) > EXCERPT else 0
         yield number, (start, line[start : start + EXCERPT])
         num += 1
         if num == _MAX_EXCERPTS:
             return
+
+
+def _is_of_a_user(line: str) -> bool:
+    """`User: Ada`, `locale = en`, an address."""
+    end = line.find(":")
+    if end < 0:
+        end = line.find("=")
+    return "@" in line or (0 < end <= _LABEL and not _WHO.isdisjoint(line[:end].lower().replace("_", " ").split()))

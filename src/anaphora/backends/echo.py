@@ -164,7 +164,7 @@ def _raw(prompt: str | tuple[int, ...]) -> str:
 
 def _prompt_tokens(request: Request) -> int:
     texts = [_text(message) for message in request.messages] + [_raw(prompt) for prompt in request.prompts]
-    return max(1, sum(len(echo_lengths.tokens(text)) for text in texts))
+    return max(1, sum(map(echo_lengths.num_tokens, texts)))
 
 
 def _questions(request: Request) -> list[str]:

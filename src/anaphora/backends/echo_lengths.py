@@ -8,8 +8,10 @@ blocks or at the end, so the parts of a prompt add up.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
+from array import array
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -18,57 +20,113 @@ import msgspec
 from anaphora.breakpoints import steps
 from anaphora.prompt import Block, Lengths, Prompt
 
-TOKEN = re.compile(r"\s*(?:\w{1,7}|[^\w\s]{1,3})|\s+")
+TOKEN = re.compile(r"\s*+(?:\w{1,7}+|[^\w\s]{1,3}+)|\s++")
+_ASCII_TOKEN = re.compile(TOKEN.pattern, re.ASCII)  # the same where there is nothing else, and faster
 MEDIA_TOKENS = 1_600
 
 _MEDIA = frozenset({"image", "audio", "file", "document"})
 
+# Prompts repeat themselves from turn to turn, so what was counted is remembered: by digest, never the text itself.
+_LONG = 256
+"""Characters; shorter texts are counted faster than found."""
+_MAX_COUNTS = 65_536
+_MAX_IDS = 2_000_000
+"""Eight bytes each."""
+_counts: dict[bytes, int] = {}
+_ids: dict[bytes, array[int]] = {}
+_num_ids = 0
+
 
 def tokens(text: str) -> list[str]:
-    return TOKEN.findall(text)
+    return (_ASCII_TOKEN if text.isascii() else TOKEN).findall(text)
+
+
+def num_tokens(text: str) -> int:
+    if len(text) < _LONG:
+        return len(tokens(text))
+    name = _digest(text)
+    count = _counts.get(name)
+    if count is None:
+        if len(_counts) >= _MAX_COUNTS:
+            _counts.clear()
+        count = _counts[name] = len(tokens(text))
+    return count
 
 
 def lengths(prompt: Prompt) -> Lengths:
     """Of at least one token in all."""
-    blocks = [list(_tokens(block)) for block in prompt.blocks]
-    ends = tuple(accumulate(map(len, blocks)))
-    total = max(1, ends[-1]) if ends else 1
     if prompt.dialect == "anthropic":  # has no use for steps
-        return Lengths(ends, total)
-    ids = [number for block, texts in zip(prompt.blocks, blocks, strict=True) for number in _ids(block, texts)]
-    return Lengths(ends, total, steps(ids))
+        ends = tuple(accumulate(map(_num_tokens, prompt.blocks)))
+        return Lengths(ends, max(1, ends[-1]) if ends else 1)
+    numbers: array[int] = array("q")
+    ends = tuple([_append(numbers, block) for block in prompt.blocks])
+    return Lengths(ends, max(1, len(numbers)), steps(numbers))
 
 
-def _tokens(block: Block) -> Iterator[str]:
+def _num_tokens(block: Block) -> int:
+    return sum(MEDIA_TOKENS if media else num_tokens(text) for text, media in _texts_of(block))
+
+
+def _append(numbers: array[int], block: Block) -> int:
+    """Puts numbers that stand for the block's tokens behind `numbers`, and says how many those are then. The same texts in
+    another role are other tokens."""
+    start = len(numbers)
+    for text, media in _texts_of(block):
+        numbers.extend([zlib.crc32(text.encode())] * MEDIA_TOKENS if media else _token_ids(text))
+    if len(numbers) > start:
+        role = f"{block.section} {block.role} {block.kind}".encode()
+        numbers[start] = zlib.crc32(role, numbers[start])
+    return len(numbers)
+
+
+def _texts_of(block: Block) -> Iterator[tuple[str, bool]]:
     _, *parts = msgspec.json.decode(block.content)
     for part in parts:
-        yield from _part_tokens(part)
+        yield from _texts(part)
 
 
-def _part_tokens(part: object) -> Iterator[str]:
+def _texts(part: object) -> Iterator[tuple[str, bool]]:
+    """(text, False) for what is as long as its text; (text, True) for a picture, sound or file."""
     if isinstance(part, str):
-        yield from tokens(part)
+        yield part, False
         return
     if isinstance(part, dict):
         if part.keys() == {"text", "type"} and isinstance(part["text"], str):
-            yield from tokens(part["text"])
+            yield part["text"], False
             return
         if part.get("type") in _MEDIA and not _is_text(part.get("source")):
-            yield from [msgspec.json.encode(part).decode()] * MEDIA_TOKENS
+            yield msgspec.json.encode(part).decode(), True
             return
         if part.get("type") == "tool_result" and isinstance(part.get("content"), list):
             for inner in part["content"]:
-                yield from _part_tokens(inner)
+                yield from _texts(inner)
             return
-    yield from tokens(msgspec.json.encode(part).decode())
+    yield msgspec.json.encode(part).decode(), False
 
 
 def _is_text(source: object) -> bool:
     return isinstance(source, dict) and source.get("type") in ("text", "content")
 
 
-def _ids(block: Block, texts: list[str]) -> Iterator[int]:
-    """Numbers that stand for the tokens: the same texts in another role are other tokens."""
-    role = f"{block.section} {block.role} {block.kind}".encode()
-    for index, text in enumerate(texts):
-        yield zlib.crc32(text.encode(), zlib.crc32(role) if index == 0 else 0)
+def _token_ids(text: str) -> array[int]:
+    if len(text) < _LONG:
+        return _numbered(text)
+    global _num_ids
+    name = _digest(text)
+    found = _ids.get(name)
+    if found is None:
+        found = _numbered(text)
+        _num_ids += len(found)
+        if _num_ids > _MAX_IDS:
+            _ids.clear()
+            _num_ids = len(found)
+        _ids[name] = found
+    return found
+
+
+def _numbered(text: str) -> array[int]:
+    return array("q", map(zlib.crc32, map(str.encode, tokens(text))))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
