@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "anaphora"
 
 CORNERS = {
-    "torch": ("anaphora.backends.engine_*", "anaphora.kv.pool"),
+    "torch": ("anaphora.backends.engine_*", "anaphora.kv.*", "anaphora.codecs.*", "anaphora.testing.codecs"),
+    "zstandard": ("anaphora.codecs.zstd",),
+    "xxhash": ("anaphora.codecs.frame",),
     "numba": ("anaphora.backends.engine_*",),
     "transformers": ("anaphora.backends.engine_*",),
     "accelerate": ("anaphora.backends.engine_*",),

@@ -3,6 +3,7 @@
 AnaphoraError
 ├── ConfigError                 the configuration or the command line is wrong; says what to change
 ├── TierFailed                  a storage tier could not do what it was asked; never reaches a client (invariant 8)
+├── DamagedBlock                stored KV is not what it should be; it is a counted miss and never reaches a client (invariant 8)
 └── ServiceError                ends a request; carries an HTTP status, rendered by `wire` in the caller's dialect
     ├── InvalidRequest     400  bad JSON, bad field (`param` names it), unsupported feature
     │   └── ContextTooLong 400  the prompt (plus max_tokens) does not fit the model
@@ -31,6 +32,10 @@ class ConfigError(AnaphoraError):
 
 class TierFailed(AnaphoraError):
     """A tier's medium failed: disk full, read-only, unreachable. `store` catches it, counts it, and goes on without."""
+
+
+class DamagedBlock(AnaphoraError):
+    """A stored KV block is cut short, altered, or of another kind or shape than asked for. Says which."""
 
 
 class ServiceError(AnaphoraError):

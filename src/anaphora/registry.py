@@ -61,8 +61,9 @@ class Registry:
 
 POLICIES = Registry("policies", {"lru": "anaphora.policies.lru:LRU", "gdsf": "anaphora.policies.gdsf:GDSF"})
 TIERS = Registry("tiers", {"ram": "anaphora.tiers.ram:RamTier", "disk": "anaphora.tiers.disk:DiskTier"})
+CODECS = Registry("codecs", {"raw": "anaphora.codecs.raw:Raw", "zstd": "anaphora.codecs.zstd:Zstd"})
 LEVELS = Registry("levels", {"exact": "anaphora.levels.exact:ExactLevel"})
 BACKENDS = Registry(
     "backends", {"echo": "anaphora.backends.echo:EchoBackend", "transformers": "anaphora.backends.engine:Engine"}
 )
-AXES: tuple[Registry, ...] = (POLICIES, TIERS, LEVELS, BACKENDS)
+AXES: tuple[Registry, ...] = (POLICIES, TIERS, CODECS, LEVELS, BACKENDS)
