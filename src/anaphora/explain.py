@@ -6,6 +6,7 @@ The latest requests of every tenant are kept, in memory, with digests and short 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,10 @@ from anaphora.lint.findings import RULES
 from anaphora.outline import Outline, Parting, Piece, outline, part
 from anaphora.profiles import Profile, prices
 from anaphora.promises import Charge
-from anaphora.prompt import CacheUsage
+from anaphora.prompt import CacheUsage, Prompt
 from anaphora.types import Scope, Tenant
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["running", "finished", "failed", "left"]
 
@@ -312,13 +315,10 @@ class Explanations:
         parting = None
         # Not of a request that was forgotten meanwhile.
         if kept is not None and bill is not None and kept.trails.get(_bare(trail.request_id)) is trail:
-            charge, prompt = bill.charge, asked.prompt()
-            now = outline(prompt, charge.sketch.chain, kept.pieces)
-            if charge.miss is not None and charge.miss.reason == "changed" and charge.miss.earlier_id in kept.outlines:
-                parting = part(kept.outlines[charge.miss.earlier_id][1], now, prompt)
-            kept.outlines[trail.answer_id] = trail.model, now
-            if len(kept.outlines) > NUM_OUTLINES:
-                kept.outlines.popitem(last=False)
+            try:
+                parting = _compared(kept, trail, bill.charge, asked.prompt())
+            except Exception:  # of any kind: no request fails for want of an explanation
+                log.exception("a request cannot be explained (%s)", trail.request_id)
         trail.live(answer, parting)
 
     def find(self, tenant: Tenant, name: str) -> Explanation | None:
@@ -349,6 +349,18 @@ class Explanations:
                 del kept.outlines[answer]
             gone += len(doomed)
         return gone
+
+
+def _compared(kept: _Kept, trail: Trail, charge: Charge, prompt: Prompt) -> Parting | None:
+    """Where the prompt parts from the nearest earlier one, if that is why it missed. Keeps its outline for later ones."""
+    now = outline(prompt, charge.sketch.chain, kept.pieces)
+    parting = None
+    if charge.miss is not None and charge.miss.reason == "changed" and charge.miss.earlier_id in kept.outlines:
+        parting = part(kept.outlines[charge.miss.earlier_id][1], now, prompt)
+    kept.outlines[trail.answer_id] = trail.model, now
+    if len(kept.outlines) > NUM_OUTLINES:
+        kept.outlines.popitem(last=False)
+    return parting
 
 
 _ID = re.compile(r"[0-9a-f]{24}")

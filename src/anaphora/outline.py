@@ -10,8 +10,10 @@ import re
 import unicodedata
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
+from itertools import accumulate, islice
 from operator import eq
 from typing import Any
 
@@ -224,11 +226,11 @@ def _piece(block: Block) -> Piece:
         role=block.role,
         content=zlib.crc32(block.content),
         label=label,
-        lines=array("I", [zlib.crc32(line.encode()) for line in map(_bare, lines)] if len(lines) <= _MAX_LINES else []),
+        lines=array("I", map(zlib.crc32, _lines_of(encoded)) if len(lines) <= _MAX_LINES else ()),
         squeezed=zlib.crc32(encoded.translate(None, b" \t\r\n\v\f")),
         normal=zlib.crc32(encoded if text.isascii() else unicodedata.normalize("NFC", text).encode()),
         unordered=0 if plain and block.section != "tools" else _unordered(block.content),
-        excerpts=dict(_suspects(text, lines, block.section)) if len(lines) <= _MAX_LINES and block.kind not in _OPAQUE else {},
+        excerpts=_suspects(text, lines, block.section) if len(lines) <= _MAX_LINES and block.kind not in _OPAQUE else {},
     )
 
 
@@ -248,33 +250,38 @@ def _lines(text: str) -> list[str]:
     return text.replace(". ", ".\n").split("\n")
 
 
-def _bare(line: str) -> str:
-    return line.removesuffix("\r")
+def _lines_of(encoded: bytes) -> list[bytes]:
+    """The same, whatever the line endings are."""
+    return encoded.replace(b"\r\n", b"\n").replace(b". ", b".\n").split(b"\n")
 
 
 def _unordered(content: bytes) -> int:
     return zlib.crc32(msgspec.json.encode(msgspec.json.decode(content), order="sorted"))
 
 
-def _suspects(text: str, lines: list[str], section: Section) -> Iterator[tuple[int, tuple[int, str]]]:
+def _suspects(text: str, lines: list[str], section: Section) -> dict[int, tuple[int, str]]:
     """Excerpts of the lines that hold a date, an id, a longer number, or (in instructions) a field of a user."""
-    numbered = _SUSPECT.search(text) is not None
-    instructs = section == "system" and ("@" in text or any(map(text.lower().__contains__, _WHO)))
-    num = 0
-    for number, line in enumerate(lines if numbered or instructs else ()):
-        match = _SUSPECT.search(line) if numbered else None
-        if match is None and not (instructs and _is_of_a_user(line)):
-            continue
-        start = max(0, match.start() - EXCERPT // 3) if match is not None and len(line) > EXCERPT else 0
-        yield number, (start, line[start : start + EXCERPT])
-        num += 1
-        if num == _MAX_EXCERPTS:
-            return
+    found: dict[int, tuple[int, str]] = {}
+    ends: list[int] = []
+    for match in _SUSPECT.finditer(text):
+        ends = ends or [end + number for number, end in enumerate(accumulate(map(len, lines)))]
+        number = bisect_left(ends, match.start())
+        if number not in found:
+            line = lines[number]
+            at = match.start() - (ends[number] - len(line))
+            start = max(0, at - EXCERPT // 3) if len(line) > EXCERPT else 0
+            found[number] = start, line[start : start + EXCERPT]
+            if len(found) == _MAX_EXCERPTS:
+                return found
+    if section == "system":
+        users = (number for number, line in enumerate(lines) if number not in found and _is_of_a_user(line))
+        found |= {number: (0, lines[number][:EXCERPT]) for number in islice(users, _MAX_EXCERPTS - len(found))}
+    return found
 
 
 def _is_of_a_user(line: str) -> bool:
     """`User: Ada`, `locale = en`, an address."""
-    end = line.find(":")
+    end = line.find(":", 0, _LABEL)
     if end < 0:
-        end = line.find("=")
-    return "@" in line or (0 < end <= _LABEL and not _WHO.isdisjoint(line[:end].lower().replace("_", " ").split()))
+        end = line.find("=", 0, _LABEL)
+    return "@" in line or (end > 0 and not _WHO.isdisjoint(line[:end].lower().replace("_", " ").split()))
