@@ -228,9 +228,7 @@ def test_ten_requests_at_once_prefill_their_new_prefix_once(driver: Driver, plai
     assert [asked.tokens for asked in together[:3]] == [plain.ask(request).tokens for request in requests[:3]]
 
 
-def test_who_waits_for_a_prefix_looks_it_up_anew_only_when_it_is_there(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_waits_for_a_prefix_looks_it_up_anew_only_when_it_is_there(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
     awaited = KVCache.awaited
 
@@ -244,7 +242,7 @@ def test_who_waits_for_a_prefix_looks_it_up_anew_only_when_it_is_there(
     for number in range(10):
         driver.submit(raw([*prefix, *some_tokens(8, seed=number)], max_tokens=1))
     assert driver.drain() > 8  # steps
-    assert looks <= 2 * 10
+    assert looks <= 3 * 10  # and not once in every step
 
 
 def test_when_the_leader_is_cancelled_another_goes_on_where_it_was(driver: Driver) -> None:
