@@ -21,6 +21,7 @@ from anaphora.types import (
     MediaPart,
     Message,
     Part,
+    ProviderPart,
     Request,
     Role,
     Tenant,
@@ -184,6 +185,18 @@ def test_media_are_refused_by_field() -> None:
         with pytest.raises(InvalidRequest, match="takes text only") as refused:
             CHAT.encode_chat(chat(call, message))
         assert refused.value.param == "messages"
+
+
+def test_what_only_a_providers_models_take_is_refused_by_field() -> None:
+    search = ProviderPart("search_result", {"source": "s"})
+    for message in (said("user", search), said("user", ToolResultPart("x", (search,)))):
+        with pytest.raises(InvalidRequest, match="`search_result` blocks") as refused:
+            CHAT.encode_chat(chat(said("assistant", ToolUsePart("x", "t", "{}")), message))
+        assert refused.value.param == "messages"
+    for text in (CHAT, NATIVE):
+        with pytest.raises(InvalidRequest, match="`web_search_20260318`") as refused:
+            text.encode_chat(chat(said("user", "?"), tools=(Tool("web_search", kind="web_search_20260318"),)))
+        assert refused.value.param == "tools"
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:

@@ -13,6 +13,7 @@ from anaphora.errors import InvalidRequest
 from anaphora.types import (
     MediaPart,
     Message,
+    ProviderPart,
     Request,
     TextPart,
     ThinkingPart,
@@ -100,6 +101,8 @@ class Written:
     def _schema(self, tool: Tool, number: int | None) -> dict[str, Any]:
         """The definition in the form templates are written for; with the mark of `number` in its name. Fields Anaphora does
         not know are left out: models do not know them either."""
+        if tool.kind != "custom":
+            raise InvalidRequest(f"only a provider's own models can use the tool `{tool.kind}`", param="tools")
         parameters = tool.parameters or {"type": "object", "properties": {}}
         name = tool.name if number is None else self._mark(number, tool.name)
         function = {"name": name, "description": tool.description, "parameters": parameters}
@@ -202,6 +205,8 @@ def _texts(parts: Iterable[tuple[int, object]]) -> list[tuple[int, str]]:
     for number, part in parts:
         if isinstance(part, MediaPart):
             raise InvalidRequest(f"this model takes text only, not {part.kind} content", param="messages")
+        if isinstance(part, ProviderPart):
+            raise InvalidRequest(f"only a provider's own models take `{part.kind}` blocks such as this", param="messages")
         if isinstance(part, TextPart):
             found.append((number, part.text))
     return found
