@@ -113,7 +113,7 @@ def test_every_change_of_any_field_is_another_question() -> None:
 
 
 def test_no_field_was_overlooked_by_the_tests_above() -> None:
-    assert {*CHANGES, "sampling", "tool_choice", "stream", "max_tokens"} == set(Request.__struct_fields__)
+    assert {*CHANGES, "sampling", "tool_choice", "stream", "max_tokens", "keep"} == set(Request.__struct_fields__)
     assert set(SAMPLING_CHANGES) == set(Sampling.__struct_fields__)
     assert set(CHOICE_CHANGES) == set(ToolChoice.__struct_fields__)
 

@@ -15,7 +15,7 @@ from anaphora.profiles import Profile
 from anaphora.promises import Books, Charge
 from anaphora.prompt import TTL, Lengths
 from anaphora.testing.prompts import prompt
-from anaphora.types import Scope, Tenant
+from anaphora.types import Keep, Scope, Tenant
 
 ALICE, BOB = Tenant("alice"), Tenant("bob")
 CLAUDE = "claude-opus-5"  # minimum 512
@@ -431,7 +431,7 @@ def test_what_was_written_again_lives_as_long_as_was_paid_for(desk: Desk) -> Non
 
 def test_classic_entries_are_no_promises(desk: Desk) -> None:
     charge = desk.ask("user:2006", dialect="openai", model="gpt-4.1")
-    assert charge.pins == ()
+    assert charge.keep == ()
     assert desk.books.protected(ALICE) == ()
 
 
@@ -465,7 +465,7 @@ def test_nested_promises_count_their_common_tokens_once() -> None:
 
 
 def test_pins_say_what_to_keep_and_how_long(desk: Desk) -> None:
-    assert desk.at(10).ask("sys:1000*1h, user:600*5m, user:1").pins == ((1000, 3610.0), (1600, 310.0))
+    assert desk.at(10).ask("sys:1000*1h, user:600*5m, user:1").keep == (Keep(1000, 3600.0), Keep(1600, 300.0))
 
 
 def test_the_books_are_bounded() -> None:

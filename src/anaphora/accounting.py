@@ -38,19 +38,27 @@ class Bill:
         self._books = books
         self._answer_id = answer_id
         self._block_size = block_size
+        self._readable = False
+
+    def keeping(self, request: Request) -> Request:
+        """`request` with what is promised of its prompt, for the engine to keep."""
+        return msgspec.structs.replace(request, keep=self.charge.keep) if self.charge.keep else request
 
     def enter(self, burst: Sequence[Delta]) -> list[Delta]:
-        """`burst` with the usage of this bill. When the answer begins, what it wrote becomes readable (S4)."""
+        """`burst` with the usage of this bill. With the first piece of an answer what it wrote becomes readable (S4): an engine
+        says `Begin` before it has computed the prompt."""
         return [self._delta(delta) for delta in burst]
 
     def _delta(self, delta: Delta) -> Delta:
         if isinstance(delta, Begin):
             if self._block_size is not None:
                 self.charge = self._books.settle(self.charge, delta.usage.kv_reused_tokens, self._block_size)
-            self._books.visible(self.charge)
             self._books.name(self.charge, self._answer_id)
             self._emit(_billed(self.charge))
             return msgspec.structs.replace(delta, usage=self._usage(delta.usage))
+        if not self._readable:
+            self._readable = True
+            self._books.visible(self.charge)
         if isinstance(delta, End):
             return msgspec.structs.replace(delta, usage=self._usage(delta.usage))
         return delta

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from anaphora.accounting import Accounting
-from anaphora.backends.base import Backend
+from anaphora.backends.base import Backend, Measuring
 from anaphora.backends.echo import EchoBackend, Options
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
-from anaphora.config import CacheConfig, Config
+from anaphora.config import CacheConfig, Config, EngineConfig
+from anaphora.errors import ConfigError
 from anaphora.events import Emit, ignore
 from anaphora.forgets import Forgets
 from anaphora.gateway import Gateway
 from anaphora.memory import AnswerLevel, Memory
 from anaphora.policies.base import Policy
+from anaphora.profiles import named
 from anaphora.promises import Books
 from anaphora.registry import BACKENDS, LEVELS, POLICIES, TIERS
 from anaphora.store import Store, StoreOptions
@@ -52,9 +54,8 @@ def build(
     """
     clock = clock or SystemClock()
     backend = _backend(config, say, on_status, engine)
-    accounting, further = None, None
-    if isinstance(backend, EchoBackend):  # the emulator: it has no KV cache that could lose what was promised
-        accounting, further = Accounting(backend, Books(clock), hosted=True, emit=emit), backend.model
+    accounting = _accounting(config.engine, backend, clock, emit)
+    further = backend.model if isinstance(backend, EchoBackend) else None
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
@@ -93,6 +94,27 @@ def _backend(config: Config, say: Say | None, on_status: OnStatus | None, addres
             return EngineClient(address, on_status=on_status)
         return cast(Backend, kind(engine_options(config), on_status=on_status, on_log=say))
     return cast(Backend, kind(config.engine))  # of a third party
+
+
+def _accounting(engine: EngineConfig, backend: Backend, clock: Clock, emit: Emit) -> Accounting | None:
+    """None where nothing can be promised: usage is what the backend says."""
+    like = _like(engine.profile)
+    if isinstance(backend, EchoBackend):  # the emulator: it has no KV cache that could lose what was promised
+        return Accounting(backend, Books(clock), like=like, hosted=True, emit=emit)
+    if not isinstance(backend, Measuring) or not engine.prefix_caching:
+        return None
+    return Accounting(backend, Books(clock), like=like, block_size=engine.block_size, emit=emit)
+
+
+def _like(profile: str | tuple[str, ...]) -> tuple[str, ...]:
+    names = ((profile,) if profile else ()) if isinstance(profile, str) else profile
+    try:
+        dialects = [named(name).dialect for name in names]
+    except ConfigError as error:
+        raise ConfigError(f"engine.profile: {error}") from error
+    if len(set(dialects)) < len(dialects):
+        raise ConfigError(f"engine.profile: one name for each dialect is enough, these are of the same: {', '.join(names)}")
+    return tuple(names)
 
 
 def _exact(config: CacheConfig, clock: Clock, emit: Emit) -> AnswerLevel:

@@ -87,6 +87,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prompt tokens per step while others are decoding: how long a new prompt may hold up their streams."""
     prefix_caching: bool = True
     """False: nothing computed for one request is used for another."""
+    pin_quota: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
+    """Share of the KV blocks that prompt caching may keep from being evicted for one tenant."""
+    profile: str | tuple[Name, ...] = ()
+    """Account for prompt caching like this model of a provider, or one for each dialect. Empty: by the model's own name."""
     niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
     """Scheduling priority the engine process gives up, so that the gateway answers while tokens are computed."""
 
@@ -143,6 +147,7 @@ SHORT_VARIABLES = {
     "engine.model": "ANAPHORA_MODEL",
     "engine.dtype": "ANAPHORA_DTYPE",
     "engine.kv_memory": "ANAPHORA_KV_MEMORY",
+    "engine.profile": "ANAPHORA_PROFILE",
 }
 OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA_API_KEY")
 """Read elsewhere (the file's path; test data; where `chat` and `stats` connect to), so not a misspelling."""
@@ -352,7 +357,7 @@ def _structured(setting: Setting, text: str) -> Any:
     if setting.path == "server.keys":
         pairs = [item.partition("=") for item in text.split(",") if item.strip()]
         return [{"tenant": tenant.strip(), "key": key.strip()} for tenant, _, key in pairs]
-    if setting.path == "engine.aliases":
+    if setting.path in ("engine.aliases", "engine.profile"):
         return [item.strip() for item in text.split(",") if item.strip()]
     if setting.path == "cache.sampled" and text.startswith("buckets="):
         return {"buckets": text.removeprefix("buckets=")}

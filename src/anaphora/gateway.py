@@ -120,7 +120,8 @@ class Gateway:
 
         # With the mark: who asks after a forget does not get an answer from before it.
         key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, recalled.mark)
-        subscription = self._flights.join(key, lambda: self._backend.run(request), landed)
+        asking = request if bill is None else bill.keeping(request)
+        subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
         meter = Meter(request, source, started_s, self._clock, self._emit)
         return Live(subscription, source, recalled, meter, bill)

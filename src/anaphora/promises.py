@@ -23,7 +23,7 @@ from anaphora.clock import Clock
 from anaphora.diagnosis import Miss, Reason, Sketch, State, diagnose, sketch, why
 from anaphora.profiles import Profile
 from anaphora.prompt import TTL, TTL_S, CacheUsage, Diagnosis, Lengths, Prompt
-from anaphora.types import Scope, Tenant
+from anaphora.types import Keep, Scope, Tenant
 
 DAY_S = 86_400.0
 REMEMBERED_S = 3600.0
@@ -61,15 +61,18 @@ class Charge(msgspec.Struct, frozen=True):
     started_s: float
     found: tuple[int, ...]
     """Lengths of the entries that could be read, longest first."""
+    read_for_s: float | None
+    """How long the first of them lives from the request's start on. None: it promises nothing, or there is none."""
     writes: tuple[Write, ...]
 
     diagnoses: bool
     era: int
 
     @property
-    def pins(self) -> tuple[tuple[int, float], ...]:
-        """The prefixes of this prompt that are promised, in tokens, and until when: for the engine to keep them so long."""
-        return tuple((w.tokens, self.started_s + w.idle_s) for w in self.writes if w.ttl is not None)
+    def keep(self) -> tuple[Keep, ...]:
+        """The prefixes of this prompt that are promised, for the engine to keep. Times are from the request's start."""
+        read = (Keep(self.found[0], self.read_for_s),) if self.read_for_s is not None else ()
+        return (*read, *(Keep(w.tokens, w.idle_s) for w in self.writes if w.ttl is not None))
 
 
 class Promise(msgspec.Struct, frozen=True):
@@ -210,6 +213,7 @@ class Books:
             sketch=now,
             started_s=now_s,
             found=tuple(tokens for tokens, _ in found),
+            read_for_s=_left_s(account, found[0][1], now_s) if found else None,
             writes=writes,
             diagnoses=prompt.diagnose,
             era=account.era,
@@ -383,6 +387,11 @@ def _classic_writes(keys: Keys, prompt: Prompt, lengths: Lengths, profile: Profi
 def _boundaries(prompt: Prompt, keys: Keys, lengths: Lengths) -> Iterator[tuple[int, bytes, str]]:
     """Every block's end, longest first."""
     return ((lengths.ends[i], keys.of_block(i), prompt.blocks[i].path) for i in range(len(prompt.blocks) - 1, -1, -1))
+
+
+def _left_s(account: _Account, key: bytes, at_s: float) -> float | None:
+    entry = account.entries[key]
+    return None if entry.ttl is None else entry.expires_s - at_s
 
 
 def _state(account: _Account, key: bytes, at_s: float) -> State:

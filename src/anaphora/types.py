@@ -113,6 +113,13 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """None: no log-probabilities. 0..20: of the chosen token and that many most likely alternatives."""
 
 
+class Keep(msgspec.Struct, frozen=True, array_like=True):
+    """The first `num_tokens` of a prompt are promised: their KV is not to be evicted for `for_s` seconds."""
+
+    num_tokens: int
+    for_s: float
+
+
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One question, whatever dialect it came in. Either `messages` or `prompts` is set.
 
@@ -136,6 +143,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     cache_salt: str | None = None
     """Set by the client: requests with different salts share nothing, in no level."""
     extra: dict[str, Any] = {}
+    keep: tuple[Keep, ...] = ()
+    """Set by the gateway where promises are made. No part of the question, so of no key."""
 
 
 # -- what is answered --------------------------------------------------------------------------------------------------

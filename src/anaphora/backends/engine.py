@@ -24,6 +24,7 @@ from anaphora.backends.engine_ipc import (
     Deltas,
     Failed,
     Forget,
+    Measure,
     Reply,
     Stats,
     Status,
@@ -35,6 +36,7 @@ from anaphora.backends.engine_ipc import (
     read_frame,
 )
 from anaphora.errors import BackendFailed, ConfigError, EngineDied, InvalidRequest, ServiceError
+from anaphora.prompt import Lengths, Prompt
 from anaphora.types import Delta, End, ModelInfo, Request, Scope
 
 GiB = 1024**3
@@ -61,6 +63,8 @@ class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_size: int = 16
     policy: str = "lru"
     prefix_caching: bool = True
+    pin_quota: float = 0.25
+    """Share of the KV blocks that promises to one tenant may keep from being evicted."""
     niceness: int = 5
     """Scheduling priority given up by the engine process, so that the gateway answers while tokens are computed."""
 
@@ -201,6 +205,12 @@ class EngineClient:
 
     async def count_tokens(self, request: Request) -> int:
         return int(await self._ask(lambda id: CountTokens(id, request)))
+
+    async def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
+        """As `backends.base.Measuring` says. What it takes to tokenise the prompt is not spent again when it is run."""
+        bare = tuple(msgspec.structs.replace(block, content=b"") for block in prompt.blocks)
+        prompt = msgspec.structs.replace(prompt, blocks=bare)
+        return msgspec.convert(await self._ask(lambda id: Measure(id, request, prompt)), Lengths | None)
 
     async def forget(self, scope: Scope) -> int:
         return int(await self._ask(lambda id: Forget(id, scope)))

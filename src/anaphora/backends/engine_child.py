@@ -28,6 +28,7 @@ from anaphora.backends.engine_ipc import (
     Failed,
     Forget,
     FromEngine,
+    Measure,
     Reply,
     Stats,
     Status,
@@ -100,6 +101,8 @@ class Connection:
             inbox.put(lambda: core.cancel((self, id)))
         elif isinstance(message, CountTokens):
             self.send(Reply(id, core.count_tokens(message.request)))
+        elif isinstance(message, Measure):
+            self.send(Reply(id, core.measure(message.request, message.prompt)))
         elif isinstance(message, Forget):
             inbox.put(lambda: self.post(Reply(id, core.forget(message.scope))))
         elif isinstance(message, Stats):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from anaphora import errors
+from anaphora.prompt import Prompt
 from anaphora.types import Delta, ModelInfo, Request, Scope
 
 MAX_FRAME = 256 * 1024 * 1024
@@ -33,6 +34,13 @@ class CountTokens(msgspec.Struct, frozen=True, tag="count", array_like=True):
     request: Request
 
 
+class Measure(msgspec.Struct, frozen=True, tag="measure", array_like=True):
+    id: int
+    request: Request
+    prompt: Prompt
+    """Its blocks without their contents, which `request` has."""
+
+
 class Forget(msgspec.Struct, frozen=True, tag="forget", array_like=True):
     id: int
     scope: Scope
@@ -42,7 +50,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
     id: int
 
 
-ToEngine = Submit | Cancel | CountTokens | Forget | Stats
+ToEngine = Submit | Cancel | CountTokens | Measure | Forget | Stats
 
 # -- engine → gateway --------------------------------------------------------------------------------------------------
 

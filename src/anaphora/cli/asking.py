@@ -25,7 +25,7 @@ class Turn(msgspec.Struct, frozen=True):
     prompt_tokens: int
     output_tokens: int
     reused_tokens: int
-    """Prompt tokens whose KV was reused; of a hit, those of its computation."""
+    """Prompt tokens whose KV was really reused, whatever `usage` says by a provider's rules; 0 of a hit."""
     cache_status: str
     """Without the cache's name, as in `fwd=miss; key="..."`; empty where the server sends none."""
     saved_s: float | None = None
@@ -54,8 +54,7 @@ def ask_openai(client: httpx2.Client, body: dict[str, Any], write: Write, clock:
         usage = event.get("usage") or usage
         for choice in event.get("choices", ()):
             stream.take(choice["delta"].get("content"), write)
-    reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    return stream.turn(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), reused)
+    return stream.turn(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
 
 
 def ask_anthropic(client: httpx2.Client, body: dict[str, Any], write: Write, clock: Clock | None = None) -> Turn:
@@ -69,9 +68,8 @@ def ask_anthropic(client: httpx2.Client, body: dict[str, Any], write: Write, clo
             usage = {**usage, **event["usage"]}
         elif event["type"] == "content_block_delta":
             stream.take(event["delta"].get("text"), write)
-    reused = usage.get("cache_read_input_tokens") or 0
-    prompt = usage.get("input_tokens", 0) + reused + (usage.get("cache_creation_input_tokens") or 0)
-    return stream.turn(prompt, usage.get("output_tokens", 0), reused)
+    prompt = sum(usage.get(name) or 0 for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+    return stream.turn(prompt, usage.get("output_tokens", 0))
 
 
 class _Stream:
@@ -110,7 +108,7 @@ class _Stream:
         self._pieces.append(piece)
         write(piece)
 
-    def turn(self, prompt_tokens: int, output_tokens: int, reused_tokens: int) -> Turn:
+    def turn(self, prompt_tokens: int, output_tokens: int) -> Turn:
         saved_ms = self._headers.get("x-anaphora-saved-ms")
         return Turn(
             text="".join(self._pieces),
@@ -118,7 +116,7 @@ class _Stream:
             total_s=self._elapsed_s(),
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
-            reused_tokens=reused_tokens,
+            reused_tokens=int(self._headers.get("x-anaphora-kv-reused-tokens", 0)),
             cache_status=self._headers.get("cache-status", "").partition(";")[2].strip(),
             saved_s=None if saved_ms is None else int(saved_ms) / 1000,
         )

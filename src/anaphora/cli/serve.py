@@ -14,6 +14,7 @@ FLAGS = (
     ("server.workers", "--workers", "N", "gateway processes"),
     ("engine.model", "--model", "MODEL", "smollm2, a local folder, a GGUF file, or a Hugging Face id"),
     ("engine.kind", "--engine", "KIND", "transformers, or echo (no model: emulates providers' prompt caching)"),
+    ("engine.profile", "--profile", "NAME", "account for prompt caching like this model, such as claude-opus-5-5"),
     ("engine.kv_memory", "--kv-memory", "SIZE", "memory for reusable KV blocks, such as 2GiB"),
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
     ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),
