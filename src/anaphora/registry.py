@@ -60,7 +60,14 @@ class Registry:
 
 
 POLICIES = Registry("policies", {"lru": "anaphora.policies.lru:LRU", "gdsf": "anaphora.policies.gdsf:GDSF"})
-TIERS = Registry("tiers", {"ram": "anaphora.tiers.ram:RamTier", "disk": "anaphora.tiers.disk:DiskTier"})
+TIERS = Registry(
+    "tiers",
+    {
+        "ram": "anaphora.tiers.ram:RamTier",
+        "disk": "anaphora.tiers.disk:DiskTier",
+        "valkey": "anaphora.tiers.valkey:ValkeyTier",
+    },
+)
 CODECS = Registry("codecs", {"raw": "anaphora.codecs.raw:Raw", "zstd": "anaphora.codecs.zstd:Zstd"})
 LEVELS = Registry("levels", {"exact": "anaphora.levels.exact:ExactLevel"})
 BACKENDS = Registry(

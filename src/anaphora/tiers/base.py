@@ -46,6 +46,13 @@ class Entry(msgspec.Struct, frozen=True):
         )
 
 
+class Erasure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was erased: everything within `scope`, or else `keys`."""
+
+    scope: Scope | None = None
+    keys: tuple[Key, ...] = ()
+
+
 class TierStats(msgspec.Struct, frozen=True):
     num_entries: int
     used_bytes: int
@@ -126,3 +133,16 @@ class ImmediateTier(Protocol):
     def delete_now(self, keys: Iterable[Key]) -> int: ...
 
     def forget_now(self, scope: Scope) -> int: ...
+
+
+@runtime_checkable
+class RemoteTier(Protocol):
+    """What a tier offers besides when processes of other machines share it: what they have erased, for their neighbours to
+    erase from tiers that only their own machine can reach."""
+
+    async def erasures(self, since: int) -> tuple[int, tuple[Erasure, ...]]:
+        """What was erased after the number `since` (0: ever), and the number to ask with the next time.
+
+        Everything, if that is not known any more.
+        """
+        ...
