@@ -13,12 +13,13 @@ import argparse
 import gzip
 import json
 import os
+import re
 import sys
 import tarfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from anaphora.lint import Report, lint, read
@@ -43,6 +44,10 @@ def main() -> int:
         "miniswe, one text": miniswe_texts,
         "tau-bench": tau_bench,
         "tau-bench, interleaved": lambda path, model: interleaved(tau_bench(path, model)),
+        "airline, turns": airline_turns,
+        "airline, turns, no session ids": lambda path, model: anonymous(airline_turns(path, model)),
+        "teams of agents": teams,
+        "teams of agents, no session ids": lambda path, model: anonymous(teams(path, model)),
     }
     print(f"{'corpus':32} {'dialect':16} {'requests':>8} {'sessions':>8} {'findings':>8} {'seconds':>8}")
     for name, corpus in corpora.items():
@@ -103,22 +108,51 @@ PLANTS: dict[str, Plant] = {
 
 
 def miniswe_turns(root: Path, model: str) -> Iterator[Line]:
-    """Conversations: each recorded text, cut where an earlier one ended, with the recorded answers in between."""
-    for name, calls in _miniswe(root):
-        fresh: tuple[str, str, list[Message]] = ("", "", [])
+    """Conversations of an agent that mends programs."""
+    yield from _grown(root, "miniswe/", model)
+
+
+def airline_turns(root: Path, model: str) -> Iterator[Line]:
+    """Conversations of an airline's agent and, in the same session, of the simulated customer. Behind one long policy, as
+    their prompts had one that was not recorded (tau-bench's retail policy stands for it)."""
+    policy = (root / "tau-bench" / "retail_wiki.md").read_text("utf-8")
+    yield from _grown(root, "taubench/", model, [{"role": "system", "content": policy}])
+
+
+def _grown(root: Path, folder: str, model: str, start_with: Sequence[Message] = ()) -> Iterator[Line]:
+    """Each recorded text, cut where an earlier one ended, with the recorded answers in between."""
+    for name, calls in _calls(root, folder):
+        fresh: tuple[str, str, list[Message]] = ("", "", list(start_with))
         known: list[tuple[str, str, list[Message]]] = []
         for call in calls:
             text = str(call["input"])
-            start = max((one for one in known if text.startswith(one[0])), key=lambda one: len(one[0]), default=fresh)
-            answer: list[Message] = [{"role": "assistant", "content": start[1]}] if start[0] else []
+            before = [one for one in known if one[0] and text.startswith(one[0])]
+            start = max(before, key=lambda one: len(one[0]), default=fresh)
+            answer: list[Message] = [{"role": "assistant", "content": start[1] or "(nothing)"}] if start[0] else []
             messages: list[Message] = [*start[2], *answer, {"role": "user", "content": text[len(start[0]) :] or "(nothing)"}]
             known.append((text, str(call["output"]), messages))
             yield _line(model, messages, name, float(str(call["timestamp"])))
 
 
+def teams(root: Path, model: str) -> Iterator[Line]:
+    """An orchestrator, a web surfer and others, who share sessions; the recorded texts name the role of every message."""
+    for name, calls in _calls(root, "magagent/"):
+        for call in calls:
+            _, *parts = _ROLE.split(str(call["input"]))
+            messages: list[Message] = [
+                {"role": "user" if role == "tool" else role, "content": text.rstrip("\n") or "(nothing)"}
+                for role, text in zip(parts[::2], parts[1::2], strict=True)
+            ]
+            if messages:
+                yield _line(model, messages, name, float(str(call["timestamp"])))
+
+
+_ROLE = re.compile(r"^(user|assistant|system|tool): ", re.MULTILINE)
+
+
 def miniswe_texts(root: Path, model: str) -> Iterator[Line]:
     """The recorded text as one user message, which grows from call to call."""
-    for name, calls in _miniswe(root):
+    for name, calls in _calls(root, "miniswe/"):
         for call in calls:
             yield _line(model, [{"role": "user", "content": call["input"]}], name, float(str(call["timestamp"])))
 
@@ -159,10 +193,10 @@ def anonymous(lines: Iterator[Line]) -> Iterator[Line]:
         yield {name: value for name, value in line.items() if name != "session"}
 
 
-def _miniswe(root: Path) -> Iterator[tuple[str, list[dict[str, object]]]]:
+def _calls(root: Path, folder: str) -> Iterator[tuple[str, list[dict[str, object]]]]:
     with tarfile.open(root / "lmcache-agent-trace" / "sessions.tar.gz") as archive:
         for member in archive:
-            if "miniswe/" in member.name and member.isfile():
+            if folder in member.name and member.isfile():
                 content = archive.extractfile(member)
                 assert content is not None
                 calls = [json.loads(line) for line in content]

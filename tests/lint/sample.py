@@ -65,6 +65,20 @@ def report(lines: Iterable[Line], file: str = FILE, **options: Any) -> Report:
     return lint(read(file, (json.dumps(line, ensure_ascii=False) for line in lines)), Options(**options))
 
 
+def chain(model: str = "gpt-5.6-sol") -> list[Line]:
+    """The same session in Responses, each request continuing the stored answer to the one before."""
+    lines = responses(model)
+    known = 0
+    for number, line in enumerate(lines):
+        body = line["request"]
+        items, body["input"] = body["input"], body["input"][known:]
+        known = len(items)
+        if number:
+            body["previous_response_id"] = f"resp_{number - 1}"
+        line["response"] = {"id": f"resp_{number}"}
+    return lines
+
+
 def _chat_messages(message: Line) -> list[Line]:
     texts = [block["text"] for block in message["content"] if block["type"] == "text"]
     results = [block for block in message["content"] if block["type"] == "tool_result"]

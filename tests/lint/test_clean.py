@@ -6,7 +6,7 @@ import copy
 import random
 
 import pytest
-from tests.lint.sample import Line, bodies, chat, report, responses, session
+from tests.lint.sample import Line, bodies, chain, chat, report, responses, session
 
 
 def codes(lines: list[Line]) -> list[str]:
@@ -128,3 +128,37 @@ def test_many_documents_after_one_short_instruction_are_clean() -> None:
         line["session"] = f"document-{number}"
         line["request"]["messages"][0]["content"][0]["text"] = f"Summarise document {number}: {words}"
     assert codes(lines) == []
+
+
+@pytest.mark.parametrize("model", ["gpt-4.1", "gpt-5.6-sol"])
+def test_a_chain_of_stored_answers_is_clean(model: str) -> None:
+    lines = chain(model)
+    assert codes(lines) == []
+    for line in lines:
+        del line["response"]
+    assert codes(lines) == []
+
+
+def test_another_agent_that_takes_over_a_chain_is_clean() -> None:
+    lines = chain()
+    for body in bodies(lines)[4:]:
+        body["instructions"] = "You write release notes. Be brief, and say who is affected."
+        body["tools"] = []
+    assert codes(lines) == []
+
+
+def test_two_chains_from_one_stored_answer_are_clean() -> None:
+    lines, others = chain(), chain()
+    for number, line in enumerate(others[4:], 4):
+        line["response"] = {"id": f"branch_{number}"}
+        line["request"]["previous_response_id"] = f"branch_{number - 1}" if number > 4 else "resp_3"
+    assert codes([line for pair in zip(lines[4:], others[4:], strict=True) for line in pair]) == []
+    assert codes([*lines, *others[4:]]) == []
+
+
+def test_a_standing_last_message_behind_a_growing_history_is_clean() -> None:
+    lines = session()
+    for body in bodies(lines):
+        body["messages"][-1]["content"][-1].pop("cache_control", None)
+        body["messages"].append({"role": "user", "content": "What is left to do? Answer as JSON. " + "Be exact. " * 100})
+    assert codes(lines[::2]) == []

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from tests.lint.sample import Line, bodies, chat, report, responses, session
+from tests.lint.sample import Line, bodies, chain, chat, report, responses, session
 
 Plant = Callable[[], list[Line]]
 
@@ -411,6 +411,35 @@ def over_rate() -> list[Line]:
     return lines
 
 
+def chain_timestamp() -> list[Line]:
+    lines = chain()
+    for number, body in enumerate(bodies(lines)):
+        body["instructions"] = f"Now: 2026-03-02 09:{number:02}\n" + body["instructions"]
+    return lines
+
+
+def chain_tool_order() -> list[Line]:
+    lines = chain()
+    for body in bodies(lines)[3:]:
+        body["tools"].reverse()
+    return lines
+
+
+def chain_model() -> list[Line]:
+    lines = chain()
+    bodies(lines)[6]["model"] = "gpt-6-sol"
+    return lines[:7]
+
+
+def chain_without_instructions() -> list[Line]:
+    lines = chain()
+    for line in lines:
+        del line["response"]  # answers need not be recorded
+    for body in bodies(lines)[1:]:
+        del body["instructions"]
+    return lines
+
+
 def _later(timestamp: str, seconds: float) -> str:
     return (datetime.fromisoformat(timestamp) + timedelta(seconds=seconds)).isoformat()
 
@@ -445,6 +474,10 @@ PLANTED: list[tuple[Plant, str, int, str]] = [
     (speed, "tier-changed", 6, "speed"),
     (edited_history, "history-edited", 6, "messages.2.content.0.content"),
     (dropped_history, "history-dropped", 6, "messages.1.content.0"),
+    (chain_timestamp, "timestamp", 2, "instructions"),
+    (chain_tool_order, "tool-order", 4, "tools[0]"),
+    (chain_model, "model-changed", 7, "model"),
+    (chain_without_instructions, "instructions-dropped", 2, "instructions"),
     (varying_mark, "mark-on-varying-block", 3, "messages.0.content.0"),
     (marked_reminder, "mark-on-varying-block", 2, "messages.1.content.0"),
     (too_short, "prefix-too-short", 1, "system.0"),

@@ -48,6 +48,24 @@ def prefix_breaks(before: Layout, after: Layout) -> list[Cause]:
     return list(causes.values())
 
 
+def chain_breaks(before: Layout, after: Layout, stored: int) -> list[Cause]:
+    """Why `after`, which continues the stored answer to `before`, cannot use its prefix: tools and instructions come anew with
+    every body, and stand in front of the history that is stored. `stored`: tokens of `before` and of all that it continues."""
+    found = [*_tools(before, after, True), *_system(before, after, True)]
+    one, other = _section(before, "system"), _section(after, "system")
+    if one and not other:
+        found.append(Cause("instructions-dropped", ("instructions",), None, _shown(one[0]), "", 0))
+    same_instructions = [piece.content for piece in one] == [piece.content for piece in other]
+    if same_instructions and _section(before, "tools") and not _section(after, "tools"):
+        found.append(Cause("tool-set-changed", ("tools",), None, "with tools", "without", 0))
+    if before.model != after.model:
+        found = [Cause("model-changed", ("model",), None, before.model, after.model, 0)]
+    causes: dict[str, Cause] = {}
+    for cause in found:
+        causes.setdefault(cause.code, msgspec.structs.replace(cause, lost_tokens=stored))
+    return list(causes.values())
+
+
 def _section(layout: Layout, section: Section) -> tuple[Piece, ...]:
     return tuple(piece for piece in layout.pieces if piece.section == section)
 
@@ -102,6 +120,8 @@ def _messages(before: Layout, after: Layout) -> Iterator[Cause]:
     one, other = one[first:], other[first:]
     if not one or not other or after.total < COMPACTED * before.total:
         return
+    if len(one) == 1 and one[0].content == other[-1].content:
+        return  # a standing last message, and the history grows in front of it
     shuffled = _shuffled(one, other)
     if shuffled:
         lost = sum(piece.tokens for piece in one[:shuffled]) + shared_tokens(one[shuffled:], other[shuffled:])

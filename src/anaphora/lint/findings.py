@@ -77,6 +77,11 @@ RULES: dict[str, Rule] = {
             "Keep the system prompt fixed; append what is new as a message.",
         ),
         Rule(
+            "instructions-dropped",
+            "`instructions` are not sent again with `previous_response_id`, which does not carry them over",
+            "Send the same `instructions` (and tools) with every request of the chain.",
+        ),
+        Rule(
             "image-presence",
             "images are present in one request and absent in the other",
             "Keep images in the history once they are there, or send them to a conversation of their own.",

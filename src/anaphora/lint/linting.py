@@ -8,13 +8,13 @@ from decimal import Decimal
 import msgspec
 
 from anaphora import profiles
-from anaphora.lint.breaks import Cause, prefix_breaks
+from anaphora.lint.breaks import Cause, chain_breaks, prefix_breaks
 from anaphora.lint.findings import RULES, Finding
 from anaphora.lint.flips import flips
 from anaphora.lint.layout import Count, Layout, estimate, lay_out
 from anaphora.lint.reads import Placed, marks, missed_read, over_rate, place, too_short
 from anaphora.lint.requests import Recorded
-from anaphora.lint.sessions import LOOK_BACK, Session, common, group, in_time, kinship, predecessor
+from anaphora.lint.sessions import LOOK_BACK, Session, common, continued, group, in_time, kinship, predecessor
 from anaphora.profiles import Profile, prices
 from anaphora.prompt import TTL_S, CacheUsage
 
@@ -69,6 +69,8 @@ class _Run:
         self._hits: list[_Hit] = []
         self._broken: set[int] = set()
         """Requests whose prefix broke: why they read little is known already."""
+        self._stored: dict[int, int] = {}
+        """Tokens that the provider has stored of a chain up to a request, as far as the bodies tell."""
         self._profiles = {
             layout.model: profiles.find(layout.model, "anthropic" if layout.anthropic else "openai", options.like)
             for session in sessions
@@ -81,9 +83,10 @@ class _Run:
             profile = self._profiles[layout.model]
             for cause in marks(layout, profile):
                 self._hit(layout, None, cause)
-            if layout.partial:
-                continue
             earlier = session.layouts[:index]
+            if layout.partial:
+                self._chained(layout, earlier)
+                continue
             if not earlier:
                 self._first(layout, others)
                 continue
@@ -102,6 +105,20 @@ class _Run:
             short = too_short(members, self._profiles[model]) if members[0].anthropic else None
             if short is not None:
                 self._hit(next(one for one in members if one is not short.against), short.against, short.cause)
+
+    def _chained(self, layout: Layout, earlier: Sequence[Layout]) -> None:
+        """A body that continues a stored answer: what comes anew with it is compared with the body that was answered."""
+        before = continued(earlier, layout)
+        if before is None:
+            return
+        stored = self._stored.get(id(before), before.total)
+        self._stored[id(layout)] = stored + layout.total
+        profile = self._profiles[layout.model]
+        if stored < max(profile.minimum, self._options.min_lost) or _outlived(before, layout, profile):
+            return
+        for cause in chain_breaks(before, layout, stored):
+            self._broken.add(id(layout))
+            self._hit(layout, before, cause)
 
     def traffic(self, sessions: Sequence[Session]) -> None:
         """What goes wrong between requests of one tenant, whatever their session."""

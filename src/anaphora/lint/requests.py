@@ -42,6 +42,13 @@ class Recorded(msgspec.Struct, frozen=True):
     encoded: bool = False
     """The envelope holds the body as a string of JSON."""
 
+    @property
+    def answer_id(self) -> str:
+        """Of the answer, where it was recorded beside the request: `response_id`, or `id` in `response`; else empty."""
+        holder = self.envelope or {}
+        answer = mapping(holder.get("response"))
+        return string(holder.get("response_id")) or string(answer.get("id")) or string(mapping(answer.get("body")).get("id"))
+
 
 def read(file: str, lines: Iterable[str]) -> Iterator[Recorded]:
     """The requests of one file, in its order; empty lines are skipped. Raises `BadInput`."""

@@ -115,6 +115,16 @@ def predecessor(earlier: Sequence[Layout], layout: Layout) -> Layout | None:
     return best
 
 
+def continued(earlier: Sequence[Layout], layout: Layout) -> Layout | None:
+    """The request whose stored answer `layout` continues: by the answer's id where answers were recorded too, else the one
+    before it in the session."""
+    name = layout.recorded.body.get("previous_response_id")
+    by_id = {answer: one for one in earlier if (answer := one.recorded.answer_id)}
+    if isinstance(name, str) and by_id:
+        return by_id.get(name)
+    return earlier[-1] if earlier else None
+
+
 def affinity(before: Layout, after: Layout) -> int:
     """Tokens of the common prefix, and of the pieces behind it that both have."""
     num = common(before, after)
