@@ -149,6 +149,25 @@ class Store:
             behind.put(key, entry, epoch)
         return fits
 
+    def touch(self, keys: Iterable[Key]) -> None:
+        """`keys` were used, in this order. Immediate; unknown keys are fine."""
+        used = list(keys)
+        for tier in self._tiers:
+            tier.touch(used)
+
+    async def delete(self, keys: Collection[Key]) -> None:
+        """Remove `keys` from every tier that can be reached: their values are of no use. For what must go, see `forget`."""
+        self._num_erasures += 1
+        for behind in self._slower:
+            behind.drop(keys)
+            try:
+                async with behind.writing:
+                    await behind.tier.delete_many(keys)
+            except TierFailed as error:
+                self._failed(behind.tier, "delete", error)
+        if self._first is not None:
+            self._first.delete_now(keys)
+
     def mark(self) -> Mark:
         """What has been erased up to now, by this process or by one that shares a slower tier. Immediate."""
         self._heed_erasures()

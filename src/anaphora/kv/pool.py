@@ -63,6 +63,11 @@ class KVPool:
     def block_bytes(self) -> int:
         return self.block_size * self.shape.bytes_per_token
 
+    @property
+    def block_like(self) -> torch.Tensor:
+        """A block's shape and type, without content."""
+        return torch.empty(self._blocks.shape[1:], dtype=self.shape.dtype, device="meta")
+
     def empty_blocks(self, count: int) -> torch.Tensor:
         """Room in the host's memory for the content of `count` blocks, in the pool's layout."""
         return torch.empty((count, *self._blocks.shape[1:]), dtype=self.shape.dtype)
