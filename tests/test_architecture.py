@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "anaphora"
 
 CORNERS = {
     "torch": ("anaphora.backends.engine_*", "anaphora.kv.*", "anaphora.codecs.*", "anaphora.testing.codecs"),
-    "zstandard": ("anaphora.codecs.zstd",),
+    "zstandard": ("anaphora.codecs.entropy",),
     "xxhash": ("anaphora.codecs.frame",),
     "numba": ("anaphora.backends.engine_*",),
     "transformers": ("anaphora.backends.engine_*",),

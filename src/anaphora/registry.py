@@ -68,7 +68,16 @@ TIERS = Registry(
         "valkey": "anaphora.tiers.valkey:ValkeyTier",
     },
 )
-CODECS = Registry("codecs", {"raw": "anaphora.codecs.raw:Raw", "zstd": "anaphora.codecs.zstd:Zstd"})
+CODECS = Registry(
+    "codecs",
+    {
+        "raw": "anaphora.codecs.raw:Raw",
+        "zstd": "anaphora.codecs.zstd:Zstd",
+        "int8": "anaphora.codecs.int8:Int8",
+        "int4": "anaphora.codecs.stepped:Int4",
+        "int3": "anaphora.codecs.stepped:Int3",
+    },
+)
 LEVELS = Registry("levels", {"exact": "anaphora.levels.exact:ExactLevel"})
 BACKENDS = Registry(
     "backends", {"echo": "anaphora.backends.echo:EchoBackend", "transformers": "anaphora.backends.engine:Engine"}
