@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from anaphora.config import default_cache_dir
+from anaphora.testing.valkey import ValkeyServer, server_program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,6 +82,23 @@ def smollm2() -> Path:
     from anaphora.config import default_cache_dir
 
     return materialise(resolve("smollm2"), Path(default_cache_dir()) / "models", lambda stage: None)
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyServer]:
+    """A server for all tests of this run; what they do to it beyond its data they must undo."""
+    if server_program() is None:
+        pytest.skip("no Valkey server is installed: run make setup")
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(valkey_server: ValkeyServer) -> str:
+    """The address of an empty server."""
+    pytest.importorskip("redis")
+    valkey_server.command("FLUSHALL")
+    return valkey_server.url
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "anaphora"
 CORNERS = {
     "torch": ("anaphora.backends.engine_*", "anaphora.kv.*", "anaphora.codecs.*", "anaphora.testing.codecs"),
     "zstandard": ("anaphora.codecs.entropy",),
-    "xxhash": ("anaphora.codecs.frame",),
+    "xxhash": ("anaphora.codecs.frame", "anaphora.tiers.valkey.framing"),
     "numba": ("anaphora.backends.engine_*",),
     "transformers": ("anaphora.backends.engine_*",),
     "accelerate": ("anaphora.backends.engine_*",),
@@ -31,7 +31,7 @@ CORNERS = {
     "starlette": ("anaphora.server.*",),
     "uvicorn": ("anaphora.server.*",),
     "prometheus_client": ("anaphora.server.*",),
-    "redis": ("anaphora.tiers.valkey",),
+    "redis": ("anaphora.tiers.valkey.*",),
     "genai_prices": ("anaphora.profiles.prices",),
     "sqlite3": ("anaphora.tiers.*", "anaphora.store"),
     "httpx2": ("anaphora.backends.*", "anaphora.cli.*"),
