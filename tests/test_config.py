@@ -24,6 +24,7 @@ from anaphora.config import (
     shown,
 )
 from anaphora.errors import ConfigError
+from anaphora.types import Owner, Tenant
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +111,7 @@ def test_text_from_the_environment_becomes_the_type_of_the_setting() -> None:
         "ANAPHORA_CACHE_DIR": "~/here",
         "ANAPHORA_CACHE_SAMPLED": "buckets=4",
         "ANAPHORA_ENGINE_ALIASES": "gpt-4o, claude-sonnet-5",
+        "ANAPHORA_PROFILE": "claude-opus-5-5, gpt-5.6-sol",
         "ANAPHORA_SERVER_KEYS": "acme=sk-1,other=sk-2",
     }
     config = load(environ=environ).config
@@ -119,7 +121,8 @@ def test_text_from_the_environment_becomes_the_type_of_the_setting() -> None:
     assert config.cache.dir == str(Path("~/here").expanduser())
     assert config.cache.sampled == Buckets(4)
     assert config.engine.aliases == ("gpt-4o", "claude-sonnet-5")
-    assert api_keys(config, {}) == {"sk-1": "acme", "sk-2": "other"}
+    assert config.engine.profile == ("claude-opus-5-5", "gpt-5.6-sol")
+    assert api_keys(config, {}) == {"sk-1": Owner(Tenant("acme")), "sk-2": Owner(Tenant("other"))}
 
 
 def test_the_file_says_the_same_in_toml() -> None:
@@ -128,12 +131,14 @@ def test_the_file_says_the_same_in_toml() -> None:
         max_body = "1MiB"
         [[server.keys]]
         tenant = "acme"
+        workspace = "research"
         key = "sk-1"
         [[server.keys]]
         tenant = "other"
         key_env = "OTHER_KEY"
         [engine]
         aliases = ["gpt-4o"]
+        profile = "claude-opus-5-5"
         [cache]
         sampled = { buckets = 4 }
         disk = 0
@@ -142,7 +147,9 @@ def test_the_file_says_the_same_in_toml() -> None:
     assert config.server.max_body == 1 << 20
     assert config.cache.sampled == Buckets(4)
     assert config.cache.disk == 0
-    assert api_keys(config, {"OTHER_KEY": "sk-2"}) == {"sk-1": "acme", "sk-2": "other"}
+    owners = {"sk-1": Owner(Tenant("acme"), "research"), "sk-2": Owner(Tenant("other"))}
+    assert api_keys(config, {"OTHER_KEY": "sk-2"}) == owners
+    assert config.engine.profile == "claude-opus-5-5"
 
 
 @pytest.mark.parametrize(

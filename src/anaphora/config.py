@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from anaphora.errors import ConfigError
-from anaphora.types import Tenant
+from anaphora.types import Owner, Tenant
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -40,9 +40,11 @@ def default_cache_dir() -> str:
 
 
 class ApiKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One API key and the tenant it belongs to. Exactly one of `key` and `key_env` (the variable that holds it) is set."""
+    """One API key and whom it stands for. Exactly one of `key` and `key_env` (the variable that holds it) is set."""
 
     tenant: Name
+    workspace: str = ""
+    """Of the tenant: what prompt caching promises there holds in no other workspace."""
     key: str = ""
     key_env: str = ""
 
@@ -207,10 +209,10 @@ def load(
     return Loaded(config, sources, tuple(_unknown_variables(environ, config)))
 
 
-def api_keys(config: Config, environ: Mapping[str, str] | None = None) -> dict[str, Tenant]:
-    """Secret → tenant. Empty when no keys are configured. Raises ConfigError for a key that cannot be used."""
+def api_keys(config: Config, environ: Mapping[str, str] | None = None) -> dict[str, Owner]:
+    """Secret → owner. Empty when no keys are configured. Raises ConfigError for a key that cannot be used."""
     environ = os.environ if environ is None else environ
-    found: dict[str, Tenant] = {}
+    found: dict[str, Owner] = {}
     for index, entry in enumerate(config.server.keys):
         where = f"server.keys[{index}]"
         if bool(entry.key) == bool(entry.key_env):
@@ -220,7 +222,7 @@ def api_keys(config: Config, environ: Mapping[str, str] | None = None) -> dict[s
             raise ConfigError(f"{where}: the environment variable {entry.key_env} is not set")
         if secret in found:
             raise ConfigError(f"{where}: the same key is configured twice")
-        found[secret] = Tenant(entry.tenant)
+        found[secret] = Owner(Tenant(entry.tenant), entry.workspace)
     return found
 
 

@@ -23,6 +23,15 @@ BlockHash = NewType("BlockHash", bytes)
 LOCAL_TENANT = Tenant("local")
 """The one tenant of a server without configured API keys."""
 
+
+class Owner(msgspec.Struct, frozen=True):
+    """Whom an API key stands for."""
+
+    tenant: Tenant
+    workspace: str = ""
+    """Within a tenant: promises of prompt caching are shared with no other workspace. Everything else is the tenant's."""
+
+
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
 

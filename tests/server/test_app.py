@@ -30,7 +30,7 @@ from anaphora.server.metrics import Metrics
 from anaphora.server.run import listen
 from anaphora.store import Store
 from anaphora.tiers.ram import RamOptions, RamTier
-from anaphora.types import Key, Tenant
+from anaphora.types import Key, Owner, Tenant
 
 MAX_BODY = 10_000
 
@@ -77,7 +77,17 @@ async def site(gate: Gate | None = None, keys: dict[str, Tenant] | None = None, 
     catalogue = Catalogue(backend)
     memory = Memory([level], fingerprint=catalogue.fingerprint, emit=emit)
     gateway = Gateway(backend, memory, catalogue, clock=clock, emit=emit)
-    app = App(Api(gateway, Keyring(keys or {}), metrics, ledger, clock, MAX_BODY, Explanations(clock)))
+    app = App(
+        Api(
+            gateway,
+            Keyring({key: Owner(tenant) for key, tenant in (keys or {}).items()}),
+            metrics,
+            ledger,
+            clock,
+            MAX_BODY,
+            Explanations(clock),
+        )
+    )
     if start:
         await gateway.start()
     listener = listen("127.0.0.1", 0)

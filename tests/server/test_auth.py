@@ -6,21 +6,21 @@ import pytest
 
 from anaphora.errors import ConfigError, Unauthenticated
 from anaphora.server.auth import Keyring, check_bind
-from anaphora.types import LOCAL_TENANT, Tenant
+from anaphora.types import LOCAL_TENANT, Owner, Tenant
 
-ALICE = Tenant("alice")
+ALICE = Owner(Tenant("alice"), "research")
 
 
 def test_without_keys_everybody_is_local() -> None:
-    assert Keyring({}).tenant(b"Bearer whatever", b"whatever") == LOCAL_TENANT
+    assert Keyring({}).owner(b"Bearer whatever", b"whatever") == Owner(LOCAL_TENANT)
 
 
 @pytest.mark.parametrize(
     ("authorization", "api_key"),
     [(b"Bearer secret", None), (b"bearer  secret", None), (None, b"secret"), (b"Basic xyz", b"secret")],
 )
-def test_either_header_names_the_tenant(authorization: bytes | None, api_key: bytes | None) -> None:
-    assert Keyring({"secret": ALICE}).tenant(authorization, api_key) == ALICE
+def test_either_header_names_the_owner(authorization: bytes | None, api_key: bytes | None) -> None:
+    assert Keyring({"secret": ALICE}).owner(authorization, api_key) == ALICE
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_either_header_names_the_tenant(authorization: bytes | None, api_key: by
 )
 def test_anything_else_is_refused_without_repeating_the_key(authorization: bytes | None, api_key: bytes | None) -> None:
     with pytest.raises(Unauthenticated) as error:
-        Keyring({"secret": ALICE}).tenant(authorization, api_key)
+        Keyring({"secret": ALICE}).owner(authorization, api_key)
     assert "secre" not in error.value.message
 
 

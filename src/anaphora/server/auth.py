@@ -1,4 +1,4 @@
-"""API keys to tenants, and where a server without keys may listen."""
+"""API keys to their owners, and where a server without keys may listen."""
 
 from __future__ import annotations
 
@@ -7,38 +7,40 @@ from collections.abc import Mapping
 
 from anaphora.config import is_loopback
 from anaphora.errors import ConfigError, Unauthenticated
-from anaphora.types import LOCAL_TENANT, Tenant
+from anaphora.types import LOCAL_TENANT, Owner, Tenant
+
+LOCAL = Owner(LOCAL_TENANT)
 
 
 class Keyring:
     """Who may ask. Keeps digests only: looking one up takes the same time however much of a guess is right, and no key can
     end up in a log. Without keys everybody is the one local tenant; with `any_key` every key is a tenant of its own then."""
 
-    def __init__(self, keys: Mapping[str, Tenant], *, any_key: bool = False) -> None:
-        self._tenants = {_digest(key.encode()): tenant for key, tenant in keys.items()}
+    def __init__(self, keys: Mapping[str, Owner], *, any_key: bool = False) -> None:
+        self._owners = {_digest(key.encode()): owner for key, owner in keys.items()}
         self._any_key = any_key
 
     def __bool__(self) -> bool:
-        return bool(self._tenants)
+        return bool(self._owners)
 
-    def tenant(self, authorization: bytes | None, api_key: bytes | None) -> Tenant:
-        """The tenant of `Authorization: Bearer KEY` or `x-api-key: KEY`. Raises Unauthenticated."""
-        if not self._tenants and not self._any_key:
-            return LOCAL_TENANT
+    def owner(self, authorization: bytes | None, api_key: bytes | None) -> Owner:
+        """Of `Authorization: Bearer KEY` or `x-api-key: KEY`. Raises Unauthenticated."""
+        if not self._owners and not self._any_key:
+            return LOCAL
         key = api_key if api_key is not None else _bearer(authorization)
-        if not self._tenants:
-            return LOCAL_TENANT if key is None else Tenant(f"key-{_digest(key).hex()[:16]}")
+        if not self._owners:
+            return LOCAL if key is None else Owner(Tenant(f"key-{_digest(key).hex()[:16]}"))
         if key is None:
             raise Unauthenticated(
                 "No API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.", code="missing_api_key"
             )
-        tenant = self._tenants.get(_digest(key))
-        if tenant is None:
+        owner = self._owners.get(_digest(key))
+        if owner is None:
             raise Unauthenticated("This API key is not known.", code="invalid_api_key")
-        return tenant
+        return owner
 
 
-def check_bind(host: str, keys: Mapping[str, Tenant]) -> None:
+def check_bind(host: str, keys: Mapping[str, Owner]) -> None:
     """Raises ConfigError where strangers could reach a server that asks for no key."""
     if not keys and not is_loopback(host):
         raise ConfigError(

@@ -18,10 +18,10 @@ from anaphora.explain import Explanations
 from anaphora.gateway import Gateway
 from anaphora.ledger import Ledger
 from anaphora.server import headers
-from anaphora.server.auth import Keyring
+from anaphora.server.auth import LOCAL, Keyring
 from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import Metrics
-from anaphora.types import LOCAL_TENANT, Tenant
+from anaphora.types import Owner, Tenant
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import Dialect, Ids, new_ids
 from anaphora.wire.openai_chat import OpenAIChat
@@ -61,8 +61,8 @@ class Endpoint:
         ids = new_ids(self.api.clock.now_s())
         sender = Sender(send)
         try:
-            tenant = LOCAL_TENANT if self.open else self._tenant(head)
-            await self.answer(Call(connection, head, receive, sender, tenant, ids, self.api.max_body))
+            owner = LOCAL if self.open else self._owner(head)
+            await self.answer(Call(connection, head, receive, sender, owner.tenant, owner.workspace, ids, self.api.max_body))
         except ServiceError as error:
             await self._fail(connection, head, sender, error, ids)
         except Exception:  # the last place where a bug can still become an answer
@@ -76,8 +76,8 @@ class Endpoint:
         """Of errors."""
         return dialect_of(path, head)
 
-    def _tenant(self, head: Mapping[bytes, bytes]) -> Tenant:
-        return self.api.keyring.tenant(head.get(b"authorization"), head.get(b"x-api-key"))
+    def _owner(self, head: Mapping[bytes, bytes]) -> Owner:
+        return self.api.keyring.owner(head.get(b"authorization"), head.get(b"x-api-key"))
 
     async def _fail(
         self, connection: Connection, head: Mapping[bytes, bytes], sender: Sender, error: ServiceError, ids: Ids
@@ -133,6 +133,7 @@ class Call(msgspec.Struct, frozen=True):
     receive: Receive
     sender: Sender
     tenant: Tenant
+    workspace: str
     ids: Ids
     max_body: int
 

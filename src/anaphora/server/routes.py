@@ -80,7 +80,7 @@ class Answers(Endpoint):
         parsed = parse(body, call.tenant, call.version)
         trail.model = parsed.request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
-        asked = Asked(lambda: parsed.prompt, answer_id)
+        asked = Asked(lambda: parsed.prompt, answer_id, call.workspace)
         answer = await self.api.gateway.complete(parsed.request, control, asked)
         if isinstance(answer, Recalled):
             trail.recalled(answer)

@@ -37,6 +37,7 @@ from anaphora.server.endpoint import Api
 from anaphora.server.metrics import Metrics
 from anaphora.server.voice import Announcer, Lines, Voice
 from anaphora.sums import Sums
+from anaphora.types import Owner
 
 DRAIN_S = 30
 BACKLOG = 2048
@@ -50,7 +51,7 @@ class Job(msgspec.Struct, frozen=True):
     """What a worker process is told, over its standard input: API keys have no place on a command line."""
 
     config: Config
-    keys: dict[str, str]
+    keys: dict[str, Owner]
     socket: int
     """Descriptor of the listening socket."""
     engine: str | None
@@ -73,7 +74,7 @@ def serve(config: Config, voice: Voice | None = None) -> None:
         run(answer(config, keys, listener, None, voice=voice))
         return
     with tempfile.TemporaryDirectory(prefix="anaphora-workers-") as folder:
-        job = Job(config, {key: str(tenant) for key, tenant in keys.items()}, listener.fileno(), None, folder)
+        job = Job(config, keys, listener.fileno(), None, folder)
         run(_supervise(job, listener, voice))
 
 
@@ -90,7 +91,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def answer(
     config: Config,
-    keys: dict[str, Any],
+    keys: dict[str, Owner],
     listener: socket.socket,
     engine: str | None,
     *,
