@@ -2,6 +2,7 @@
 
 `anaphora serve --engine echo` and the bare endpoint (it reads the body and returns the emulator's own answer's bytes) take
 turns under `wrk`, with the same bodies, so that both meet the same machine. Medians over the rounds; ratios are of one run.
+Processor time per request is the server's own (Linux only); unlike the rate it does not depend on what else the machine does.
 
     python benchmarks/emulator.py [--seconds 3] [--rounds 3]
 """
@@ -44,6 +45,12 @@ class Load(msgspec.Struct, frozen=True):
     name: str
     path: str
     body: str
+
+
+class Rate(msgspec.Struct, frozen=True):
+    requests_per_s: float
+    cpu_s: float
+    """For one request."""
 
 
 def loads() -> list[Load]:
@@ -95,19 +102,23 @@ def measure(load: Load, rounds: int, seconds: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="anaphora-bench-") as name:
         folder = Path(name)
         emulator = [sys.executable, "-m", "anaphora", "serve", "--engine", "echo", "--port", "0", "--cache-dir", name]
-        with started(emulator) as url:
+        with started(emulator) as served:
+            url, _ = served
             answer = httpx2.post(url + load.path, content=load.body, timeout=60.0).raise_for_status()
             (folder / "answer.json").write_bytes(answer.content)
-            with started([sys.executable, __file__, "--bare", str(folder / "answer.json")]) as bare_url:
+            with started([sys.executable, __file__, "--bare", str(folder / "answer.json")]) as plain:
                 script = folder / "load.lua"
                 script.write_text(_lua(load))
-                rates: dict[str, list[float]] = {"emulator": [], "bare": []}
+                rates: dict[str, list[Rate]] = {"emulator": [], "bare": []}
                 for _ in range(rounds):
-                    for who, target in (("emulator", url), ("bare", bare_url)):
-                        rates[who].append(wrk(target + load.path, script, seconds))
-    emulated, plain = (statistics.median(rates[who]) for who in ("emulator", "bare"))
-    print(f"{load.name}: {emulated:,.0f} requests/s, {emulated / plain:.2f} of bare", file=sys.stderr, flush=True)
-    return {"load": load.name, "requests_per_s": emulated, "bare_requests_per_s": plain, "of_bare": emulated / plain}
+                    for who, (target, process) in (("emulator", served), ("bare", plain)):
+                        rates[who].append(wrk(target + load.path, script, seconds, process))
+    row: dict[str, object] = {"load": load.name}
+    for who, of_who in rates.items():
+        row[f"{who}_requests_per_s"] = statistics.median(rate.requests_per_s for rate in of_who)
+        row[f"{who}_cpu_s"] = statistics.median(rate.cpu_s for rate in of_who)
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def _lua(load: Load) -> str:
@@ -123,18 +134,30 @@ def _lua(load: Load) -> str:
     )
 
 
-def wrk(url: str, script: Path, seconds: int) -> float:
+def wrk(url: str, script: Path, seconds: int, process: int) -> Rate:
+    before = cpu_s(process)
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(script), url]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rate = re.search(r"Requests/sec:\s+([\d.]+)", text)
     if rate is None or "Non-2xx" in text:
         raise SystemExit(f"not every answer was a success:\n{text}")
-    return float(rate[1])
+    done = re.search(r"(\d+) requests in", text)
+    assert done is not None
+    return Rate(float(rate[1]), (cpu_s(process) - before) / int(done[1]))
+
+
+def cpu_s(process: int) -> float:
+    """Seconds of processor time that the process has taken so far; not a number where the system does not tell."""
+    stat = Path(f"/proc/{process}/stat")
+    if not stat.exists():
+        return float("nan")
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
-def started(command: list[str]) -> Iterator[str]:
-    """A server process that prints where it listens; ended on the way out."""
+def started(command: list[str]) -> Iterator[tuple[str, int]]:
+    """(where it listens, process id) of a server that prints the first; ended on the way out."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ANAPHORA_")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
     assert process.stderr is not None
@@ -142,8 +165,7 @@ def started(command: list[str]) -> Iterator[str]:
         line = process.stderr.readline()
         if "listening on " not in line:
             raise SystemExit(f"{command} did not start: {line}")
-        url = line.partition("listening on ")[2].strip()
-        yield url
+        yield line.partition("listening on ")[2].strip(), process.pid
     finally:
         process.terminate()
         process.wait()

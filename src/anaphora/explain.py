@@ -353,6 +353,8 @@ class Explanations:
 
 def _compared(kept: _Kept, trail: Trail, charge: Charge, prompt: Prompt) -> Parting | None:
     """Where the prompt parts from the nearest earlier one, if that is why it missed. Keeps its outline for later ones."""
+    if charge.lengths.total < charge.profile.minimum:  # no prefix of anything that is cached
+        return None
     now = outline(prompt, charge.sketch.chain, kept.pieces)
     parting = None
     if charge.miss is not None and charge.miss.reason == "changed" and charge.miss.earlier_id in kept.outlines:
