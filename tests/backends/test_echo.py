@@ -9,7 +9,7 @@ import pytest
 from anaphora.backends.echo import EchoBackend, Options, fail_at
 from anaphora.errors import BackendFailed, ContextTooLong
 from anaphora.transcript import Collector
-from anaphora.types import Completion, Message, Request, Sampling, TextPart, Tool, ToolChoice, ToolUsePart
+from anaphora.types import Completion, Delta, Message, Request, Sampling, TextPart, Tool, ToolChoice, ToolUsePart
 
 
 def ask(text: str, **fields: object) -> Request:
@@ -90,3 +90,14 @@ def test_it_fails_where_it_is_told_to() -> None:
     with pytest.raises(BackendFailed):
         answer(ask("one two three"), backend)
     assert (backend.runs, backend.finished, backend.closed) == (1, 0, 1)
+
+
+def test_a_whole_answer_is_said_at_once_and_is_the_same() -> None:
+    async def deltas(request: Request) -> list[Delta]:
+        return [delta async for delta in EchoBackend().run(request)]
+
+    for fields in ({}, {"max_tokens": 2}, {"sampling": Sampling(n=2)}, {"sampling": Sampling(stop=("three",))}):
+        whole, streamed = (ask("one two three", stream=stream, **fields) for stream in (False, True))
+        assert len(asyncio.run(deltas(whole))) < len(asyncio.run(deltas(streamed)))
+        one, other = answer(whole), answer(streamed)
+        assert (one.choices, one.usage) == (other.choices, other.usage)

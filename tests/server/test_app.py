@@ -357,7 +357,7 @@ def test_ready_says_what_it_waits_for() -> None:
 def test_metrics_have_vllms_names() -> None:
     async def body() -> None:
         async with site() as here:
-            await here.ask("one two three")
+            await here.ask("one two three", stream=True)
             await here.until(Stored)
             await here.ask("one two three")
             page = (await here.client.get("/metrics")).text

@@ -1,8 +1,8 @@
 """A backend without a model: it says the last user text back, word by word. For tests of the path, and for trying the server.
 
-Deterministic whatever the sampling says. Each delta is one word with the white space behind it, and counts as one output
-token; prompts are counted by `echo_lengths`. It honours `max_tokens`, `n`, `stop`, `logprobs` and a forced tool call, and can
-be told to hang, to fail, and to wait for a gate before every delta.
+Deterministic whatever the sampling says. Each delta of a stream is one word with the white space behind it, and counts as one
+output token; prompts are counted by `echo_lengths`. It honours `max_tokens`, `n`, `stop`, `logprobs` and a forced tool call,
+and can be told to hang, to fail, and to wait for a gate before every delta.
 
 It also is the engine of the emulator: it answers for every model that a caching profile is known for, beside its own.
 """
@@ -100,7 +100,9 @@ class EchoBackend:
             raise ContextTooLong(f"The prompt has {prompt_tokens} tokens; the context holds {context}.")
         self.runs += 1
         try:
-            for index, delta in enumerate(_answer(request, prompt_tokens, room)):
+            # Nobody sees the words of a whole answer one by one; whoever set a gate counts on them.
+            whole = not request.stream and self.gate is None
+            for index, delta in enumerate(_answer(request, prompt_tokens, room, whole)):
                 if self.gate is not None:
                     await self.gate(index)
                 if isinstance(delta, End):
@@ -174,24 +176,26 @@ def _questions(request: Request) -> list[str]:
     return [next((_text(message) for message in reversed(request.messages) if message.role == "user"), "")]
 
 
-def _answer(request: Request, prompt_tokens: int, room: int) -> Iterator[Delta]:
+def _answer(request: Request, prompt_tokens: int, room: int, whole: bool) -> Iterator[Delta]:
+    """`whole`: each choice's text in one delta."""
     limit = room if request.max_tokens is None else request.max_tokens
     yield Begin(request.model, Usage(input_tokens=prompt_tokens))
     output_tokens = 0
     for number, question in enumerate(_questions(request)):
         for copy in range(request.sampling.n):
-            for delta in _choice(request, number * request.sampling.n + copy, question, limit):
-                output_tokens += isinstance(delta, TextDelta | ToolUseDelta)
+            for delta, tokens in _choice(request, number * request.sampling.n + copy, question, limit, whole):
+                output_tokens += tokens
                 yield delta
     yield End(Usage(input_tokens=prompt_tokens, output_tokens=output_tokens))
 
 
-def _choice(request: Request, index: int, question: str, limit: int) -> Iterator[Delta]:
+def _choice(request: Request, index: int, question: str, limit: int, whole: bool) -> Iterator[tuple[Delta, int]]:
+    """Deltas, and how many output tokens each is."""
     if request.tool_choice.mode in ("any", "tool") and request.tools and limit:
         name = request.tool_choice.name or request.tools[0].name
-        yield ToolUseDelta(index, 0, "", f"call_{index}", name)
-        yield ToolUseDelta(index, 0, json.dumps({"text": question}))
-        yield Finish(index, "tool_use")
+        yield ToolUseDelta(index, 0, "", f"call_{index}", name), 1
+        yield ToolUseDelta(index, 0, json.dumps({"text": question})), 1
+        yield Finish(index, "tool_use"), 0
         return
     answer, stop = _stopped(question, request.sampling.stop)
     words = _words(answer)
@@ -200,9 +204,12 @@ def _choice(request: Request, index: int, question: str, limit: int) -> Iterator
         words, reason, stop = words[:limit], "max_tokens", None
     if request.echo and request.prompts:
         words = _words(question) + words
-    for word in words:
-        yield TextDelta(index, word, _logprobs(word, request.sampling.logprobs))
-    yield Finish(index, reason, stop)
+    if words and whole and request.sampling.logprobs is None:
+        yield TextDelta(index, "".join(words)), len(words)
+    else:
+        for word in words:
+            yield TextDelta(index, word, _logprobs(word, request.sampling.logprobs)), 1
+    yield Finish(index, reason, stop), 0
 
 
 def _stopped(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
