@@ -84,7 +84,7 @@ end
 
 local function check()
   local count = redis.call('HLEN', index)
-  if redis.call('ZCARD', order) ~= count or (count > 0 and redis.call('HEXISTS', state, 'used') == 0) then mend() end
+  if redis.call('ZCARD', order) ~= count or (number('used') > 0) ~= (count > 0) then mend() end
 end
 
 local function touch(key)

@@ -90,13 +90,11 @@ class Servers:
     async def transact(self, bucket: str, commands: Sequence[Command]) -> list[Reply]:
         """The replies to `commands`, done as one step. All their keys are in the slot of `bucket`."""
         try:
-            with _translated():
-                return await _transact(await self._client(bucket), commands)
+            return await self._transact(bucket, commands)
         except _Moved:
             self._slots.clear()
             try:
-                with _translated():
-                    return await _transact(await self._client(bucket), commands)
+                return await self._transact(bucket, commands)
             except _Moved:
                 raise Unreachable("the cluster is being reorganised") from None
         except Unreachable:
@@ -112,7 +110,8 @@ class Servers:
             for client in clients:
                 cursor: Reply = b"0"
                 while True:
-                    cursor, keys = await _call(client, "SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+                    async with asyncio.timeout(self._access.timeout_s):
+                        cursor, keys = await _call(client, "SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
                     yield keys
                     if int(cursor) == 0:
                         break
@@ -121,6 +120,12 @@ class Servers:
         for client in (self._seed, *self._nodes.values()):
             with contextlib.suppress(RedisError, OSError):
                 await client.aclose()
+
+    async def _transact(self, bucket: str, commands: Sequence[Command]) -> list[Reply]:
+        with _translated():
+            # Not the client library's own timeout: it uses `wait_for`, which on Python 3.11 loses cancellations.
+            async with asyncio.timeout(self._access.timeout_s):
+                return await _transact(await self._client(bucket), commands)
 
     async def _client(self, bucket: str) -> redis.Redis:
         if not self._cluster:
@@ -190,7 +195,9 @@ def _translated() -> Iterator[None]:
 
 
 def _said(error: BaseException) -> str:
-    text = re.sub(r"(?s)^Command # .* of pipeline caused error: ", "", str(error))
+    if isinstance(error, TimeoutError | NoAnswer) and not str(error):
+        return "no answer in time"
+    text = re.sub(r"(?s)^Command # .* of pipeline caused error: ", "", str(error)).strip("(),'\"")
     return text or type(error).__name__
 
 
@@ -214,7 +221,7 @@ def _connection_options(access: Access) -> dict[str, object]:
 def _client(options: dict[str, object], access: Access) -> redis.Redis:
     kind = options.get("connection_class", Connection)
     arguments: dict[str, Any] = {
-        "socket_timeout": access.timeout_s,
+        "socket_timeout": None,
         "socket_connect_timeout": access.connect_timeout_s,
         # Once more where a connection was lost, such as an idle one whose server was started again. No answer is an answer.
         "retry": Retry(NoBackoff(), 1, (LostConnection,)),

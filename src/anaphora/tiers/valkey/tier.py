@@ -353,7 +353,7 @@ class ValkeyTier:
         self._epoch = max(self._epoch, epoch)
 
     async def _listen(self) -> None:
-        while not self._closed:  # asked too: `asyncio.wait_for` of Python 3.11, used below, may lose a cancellation
+        while True:
             await asyncio.sleep(self._options.poll_s)
             with contextlib.suppress(TierFailed):
                 [epoch] = await self._servers.transact(self._tags[0], [("HGET", self._bucket_keys[0][3], "epoch")])
