@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from anaphora.codecs.base import Codec
+    from anaphora.store import Store
     from anaphora.testing.engines import Driver
 
 MakeDriver = Callable[..., "Driver"]
@@ -37,7 +39,8 @@ def endless(tiny_model: TinyModel) -> Path:
 
 @pytest.fixture(scope="session")
 def make_driver(tmp_path_factory: pytest.TempPathFactory, endless: Path) -> MakeDriver:
-    """`make_driver(model=folder, **EngineOptions)`: an engine in float32, of the endless tiny Llama if no model is given."""
+    """`make_driver(model=folder, **EngineOptions)`: an engine in float32, of the endless tiny Llama if no model is given.
+    With `store` (and `codec`), its KV blocks go there too."""
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_core import EngineCore
     from anaphora.registry import POLICIES
@@ -45,9 +48,9 @@ def make_driver(tmp_path_factory: pytest.TempPathFactory, endless: Path) -> Make
 
     models_dir = str(tmp_path_factory.mktemp("models-dir"))
 
-    def make(model: Path = endless, **options: Any) -> Driver:
+    def make(model: Path = endless, store: Store | None = None, codec: Codec | None = None, **options: Any) -> Driver:
         given = {"dtype": "float32", "device": "cpu", "kv_memory": 16 * 2**20, **options}
         settings = EngineOptions(model=str(model), models_dir=models_dir, **given)
-        return Driver(EngineCore(settings, POLICIES.load(settings.policy)()))
+        return Driver(EngineCore(settings, POLICIES.load(settings.policy)(), store=store, codec=codec))
 
     return make

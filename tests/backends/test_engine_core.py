@@ -584,7 +584,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         family=st.integers(0, 2),
-        length=st.integers(1, 200),
+        length=st.integers(1, 190),  # with `own` and 290 tokens of answer the arena is just full
         own=st.integers(0, 20),
         max_tokens=st.sampled_from([0, 1, 5, 40, 290]),
         n=st.sampled_from([1, 1, 1, 2]),

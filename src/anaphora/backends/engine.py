@@ -63,6 +63,17 @@ class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_size: int = 16
     policy: str = "lru"
     prefix_caching: bool = True
+    kv_dir: str = ""
+    """Folder of the KV blocks that outlive this process."""
+    kv_ram: int = 0
+    """Bytes of KV blocks kept in the host's memory beside the pool, encoded by `kv_codec`. 0: none."""
+    kv_disk: int = 0
+    """Bytes in `kv_dir`. 0: none."""
+    kv_shared: str = ""
+    """URL of a Valkey or Redis server that keeps KV blocks for several machines."""
+    kv_shared_capacity: int = 0
+    """Bytes there."""
+    kv_codec: str = "raw"
     pin_quota: float = 0.25
     """Share of the KV blocks that promises to one tenant may keep from being evicted."""
     niceness: int = 5

@@ -39,12 +39,21 @@ from anaphora.backends.engine_ipc import (
     read_frame,
     to_engine_decoder,
 )
+from anaphora.clock import SystemClock
 from anaphora.errors import BackendFailed, ConfigError, EngineDied, ServiceError
-from anaphora.registry import POLICIES
+from anaphora.registry import CODECS, POLICIES, TIERS
+from anaphora.store import Store, StoreOptions
+from anaphora.tiers.base import Tier
 from anaphora.types import Delta, End
 
 if TYPE_CHECKING:
     from anaphora.backends.engine_core import EngineCore
+
+_PENDING_BYTES = 256 << 20
+_LOOKUP_S = 5.0
+"""For one batch of blocks from one tier: computing them again takes seconds, too."""
+_FLUSH_S = 4.0
+"""How long the last blocks may take to be written when the gateway goes. It waits a little longer."""
 
 Inbox = queue.SimpleQueue[Callable[[], None]]
 
@@ -159,7 +168,8 @@ def main(address: str, settings: str) -> None:
     # lets answers finish, and then closes our standard input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    cores: list[EngineCore] = []
+    threading.Thread(target=_die_with_parent, args=(cores,), name="parent-watch", daemon=True).start()
     os.nice(options.niceness)
     inbox: Inbox = queue.SimpleQueue()
     server = SocketServer(address, inbox)
@@ -170,6 +180,7 @@ def main(address: str, settings: str) -> None:
         server.announce(Status("refused", refused=str(error)))
         threading.Event().wait()  # restarting would not help: stay, and tell whoever asks, until the supervisor goes
         return
+    cores.append(core)
     server.announce(Status("ready", models=(core.info,), ready=True), core)
     _loop(core, inbox)
 
@@ -185,7 +196,29 @@ def _load(options: EngineOptions, progress: Callable[[str], None]) -> EngineCore
             f"the embedded engine needs packages that are not installed ({error}): pip install 'anaphora[local]'"
         ) from error
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return EngineCore(options, POLICIES.load(options.policy)(), progress=progress)
+    codec = CODECS.load(options.kv_codec)()
+    return EngineCore(options, POLICIES.load(options.policy)(), store=_store(options), codec=codec, progress=progress)
+
+
+def _store(options: EngineOptions) -> Store | None:
+    """Where KV blocks go beyond the pool; None: nowhere."""
+    from anaphora.tiers.disk import DiskOptions
+    from anaphora.tiers.ram import RamOptions
+
+    clock = SystemClock()
+    tiers: list[Tier] = []
+    if options.kv_ram:
+        tiers.append(TIERS.load("ram")(RamOptions(options.kv_ram), policy=POLICIES.load(options.policy)(), clock=clock))
+    if options.kv_disk:
+        tiers.append(TIERS.load("disk")(DiskOptions(options.kv_dir, options.kv_disk), clock=clock))
+    if options.kv_shared:
+        from anaphora.tiers.valkey import ValkeyOptions  # only here: its client may not be installed
+
+        shared = ValkeyOptions(options.kv_shared, capacity_bytes=options.kv_shared_capacity, prefix="anaphora-kv:")
+        tiers.append(TIERS.load("valkey")(shared, clock=clock))
+    if not tiers or not options.prefix_caching:
+        return None
+    return Store(tiers, clock=clock, options=StoreOptions(max_pending_bytes=_PENDING_BYTES, lookup_timeout_s=_LOOKUP_S))
 
 
 def _loop(core: EngineCore, inbox: Inbox) -> None:
@@ -203,10 +236,13 @@ def _loop(core: EngineCore, inbox: Inbox) -> None:
             busy = False
 
 
-def _die_with_parent() -> None:
-    """The supervisor holds the other end of standard input; when it is gone, in whatever way, so is the engine's purpose."""
+def _die_with_parent(cores: list[EngineCore]) -> None:
+    """The supervisor holds the other end of standard input; when it is gone, in whatever way, so is the engine's purpose.
+    What was computed may still be written to where it outlives the process."""
     while os.read(0, 4096):
         pass
+    for core in cores:
+        core.flush(_FLUSH_S)
     os._exit(0)
 
 

@@ -25,20 +25,26 @@ from anaphora.backends.engine_model import (
     resolve,
     unreadable_is_refused,
 )
+from anaphora.backends.engine_offload import SlowerTiers
 from anaphora.backends.engine_output import Output
 from anaphora.backends.engine_sampling import SampledRow, model_defaults, plan_for
-from anaphora.backends.engine_scheduler import Generation, Job, Scheduler, SchedulerOptions
+from anaphora.backends.engine_scheduler import Scheduler, SchedulerOptions
+from anaphora.backends.engine_sequences import Generation, Job
 from anaphora.backends.engine_template import Template, Tokenised
 from anaphora.backends.engine_text import Detokenizer, StopStrings, ToolCallParser
 from anaphora.clock import Clock, SystemClock
-from anaphora.errors import ConfigError, ContextTooLong, InvalidRequest, QueueFull, ServiceError
+from anaphora.codecs.base import Codec
+from anaphora.codecs.raw import Raw
+from anaphora.errors import BackendFailed, ConfigError, ContextTooLong, InvalidRequest, QueueFull, ServiceError
 from anaphora.keys import kv_namespace
 from anaphora.kv.arena import Arena
 from anaphora.kv.cache import KVCache
 from anaphora.kv.ends import PromptEnds
+from anaphora.kv.offload import Offload
 from anaphora.kv.pool import KVPool
 from anaphora.policies.base import Policy
 from anaphora.prompt import Lengths, Prompt
+from anaphora.store import Store
 from anaphora.types import BlockHash, Delta, ModelInfo, Request, Scope, TextDelta
 
 _UNSUPPORTED = ("response_format", "logit_bias", "modalities", "audio", "grammar", "guided_json", "guided_regex")
@@ -48,6 +54,7 @@ _MIN_CONTEXT = 256
 _NUM_RECENT = 32
 """Tokenised requests that are remembered: about as many as may be on their way from being measured to being run."""
 
+_FORGET_S = 120.0
 _ENDS_SHARE = 32
 """Beside the KV, one part in so many of its memory keeps how whole prompts end."""
 
@@ -76,9 +83,12 @@ class EngineCore:
         options: EngineOptions,
         policy: Policy[BlockHash],
         *,
+        store: Store | None = None,
+        codec: Codec | None = None,
         progress: Callable[[str], None] = lambda stage: None,
         clock: Clock | None = None,
     ) -> None:
+        """`store` is where KV blocks outlive the pool, encoded by `codec` (default: as they are). It becomes this engine's."""
         from transformers import AutoTokenizer
 
         started_s = time.monotonic()
@@ -118,6 +128,16 @@ class EngineCore:
             block_bytes=options.block_size * shape.bytes_per_token,
             pin_quota=options.pin_quota,
         )
+        self.info = ModelInfo(
+            id=options.served_name or source.name,
+            created_s=int((folder / "config.json").stat().st_mtime),
+            max_input_tokens=self.context,
+            fingerprint=self._fingerprint,
+        )
+        self._offload: Offload | None = None
+        if store is not None:
+            self._offload = Offload(store, codec or Raw(), pool, model=self.info.id, max_saving_blocks=plan.num_blocks // 2)
+        self._tiers = SlowerTiers(self._offload, self._cache)
         self._scheduler = Scheduler(
             self.model,
             pool,
@@ -125,13 +145,8 @@ class EngineCore:
             self._cache,
             SchedulerOptions(options.max_num_seqs, options.prefill_chunk, options.mixed_chunk, options.prefix_caching),
             ends=PromptEnds(options.kv_memory // _ENDS_SHARE),
+            tiers=self._tiers,
             clock=self._clock,
-        )
-        self.info = ModelInfo(
-            id=options.served_name or source.name,
-            created_s=int((folder / "config.json").stat().st_mtime),
-            max_input_tokens=self.context,
-            fingerprint=self._fingerprint,
         )
         self._plan = plan
         # Requests on their way from the thread that prepares to the one that steps; each thread writes one of the two.
@@ -224,17 +239,35 @@ class EngineCore:
         return self._scheduler.step()
 
     def forget(self, scope: Scope) -> int:
-        if scope.tag is not None or scope.model not in (None, self.info.id):
-            return 0
+        """How many blocks went, from the pool and the slower tiers. Raises BackendFailed where a tier may still have some."""
         self._template.forget()
-        self._recent.clear()
-        return self._scheduler.forget(scope)
+        count = self._scheduler.forget(scope) if scope.tag is None and scope.model in (None, self.info.id) else 0
+        erasing = self._tiers.forget(scope)
+        if erasing is None:
+            return count
+        receipt = erasing.result(timeout=_FORGET_S)
+        self._tiers.settle()
+        left = sorted({*receipt.failed, *(tier for tier, num in receipt.remaining.items() if num)})
+        if left:
+            raise BackendFailed(f"KV blocks could not be forgotten in: {', '.join(left)}; try again when it can be reached")
+        return count + sum(receipt.removed.values())
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until what was computed is in the slower tiers too, at most for so long."""
+        if self._offload is not None:
+            self._offload.flush(timeout_s)
+
+    def close(self) -> None:
+        """Let go of the slower tiers, when all that is to be written there is written."""
+        if self._offload is not None:
+            self._offload.close()
 
     def stats(self) -> dict[str, int | float | str]:
         """Flat gauges and totals; names as in vLLM's metrics where vLLM has one."""
         cache = self._cache.stats()
         return {
             **vars(self._scheduler.counters),
+            **(self._offload.stats() if self._offload is not None else {}),
             "num_requests_running": self._scheduler.num_running,
             "num_requests_waiting": self._scheduler.num_waiting,
             "kv_cache_usage_perc": 1.0 - cache.num_free / cache.num_blocks if cache.num_blocks else 0.0,

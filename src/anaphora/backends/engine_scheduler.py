@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
 
 from anaphora.backends.engine_attention import Segment
 from anaphora.backends.engine_model import Model
-from anaphora.backends.engine_output import Output
-from anaphora.backends.engine_sampling import SampledRow, sample
+from anaphora.backends.engine_offload import SlowerTiers
+from anaphora.backends.engine_sampling import sample
+from anaphora.backends.engine_sequences import Generation, Job
 from anaphora.clock import Clock
 from anaphora.errors import ServiceError
 from anaphora.keys import block_hashes
 from anaphora.kv.arena import Arena
-from anaphora.kv.cache import KVCache, Lease
+from anaphora.kv.cache import KVCache
 from anaphora.kv.ends import PromptEnd, PromptEnds, end_key
 from anaphora.kv.pool import KVPool
 from anaphora.types import (
@@ -39,10 +39,10 @@ from anaphora.types import (
     Finish,
     FinishReason,
     Scope,
-    Tenant,
-    Usage,
 )
 
+_ARRIVAL_S = 0.002
+"""With nothing to compute, how long to wait at once for blocks on their way: new requests are looked at in between."""
 _RESERVE = 256
 """Arena positions taken beyond the prompt at first; more are taken as the answer grows."""
 
@@ -52,92 +52,6 @@ class SchedulerOptions(msgspec.Struct, frozen=True):
     prefill_chunk: int
     mixed_chunk: int
     prefix_caching: bool
-
-
-class Generation:
-    """One choice being computed. `tokens` is the prompt and what was sampled; KV exists for the first `num_computed`."""
-
-    def __init__(self, choice: int, prompt: Sequence[int], namespace: bytes, row: SampledRow, output: Output) -> None:
-        self.choice = choice
-        self.tokens = list(prompt)
-        self.num_prompt = len(prompt)
-        self.namespace = namespace
-        self.row = row
-        self.output = output
-        self.hashes: list[BlockHash] = []
-        self.awaited: BlockHash | None = None
-        """While it waits: the last block that somebody else is just computing for it."""
-        self.num_computed = 0
-        self.num_committed = 0
-        """Blocks of this sequence that the cache holds, or that it found there."""
-        self.lease: Lease | None = None
-        self.extent: tuple[int, int] | None = None
-        self.reused: int | None = None
-        """Prompt tokens found in the cache when it was first admitted."""
-        self.keep: list[tuple[int, float]] = []
-        """Blocks of the prompt that are to be pinned as soon as they are committed, shortest first, and until when."""
-        self.known: torch.Tensor | None = None
-        """The last position's hidden state, where all its tokens were known already: nothing is left to run."""
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_left(self) -> int:
-        """Tokens without KV: 1 while decoding, more while prefilling, 0 where the next one is only to be sampled."""
-        return len(self.tokens) - self.num_computed
-
-
-class Job:
-    """One request: its sequences, and where its deltas go."""
-
-    def __init__(
-        self,
-        id: object,
-        *,
-        model: str,
-        tenant: Tenant,
-        max_tokens: int,
-        num_choices: int,
-        eos_ids: frozenset[int],
-        prompt_tokens: int,
-        generations: list[Generation],
-        preface: list[Delta],
-        emit: Callable[[list[Delta]], None],
-        fail: Callable[[ServiceError], None],
-        submitted_s: float,
-    ) -> None:
-        self.id = id
-        self.model = model
-        self.tenant = tenant
-        self.max_tokens = max_tokens
-        self.eos_ids = eos_ids
-        self.num_choices = num_choices
-        """Choices per prompt."""
-        self.prompt_tokens = prompt_tokens
-        """Over all prompts, each counted once however many choices it has."""
-        self.generations = generations
-        self.preface = preface
-        """Deltas that come right after Begin (`echo` of a raw prompt)."""
-        self.emit = emit
-        self.fail = fail
-        self.submitted_s = submitted_s
-        self.num_unfinished = len(generations)
-        self.begun = False
-        self.forgotten = False
-        """Its tenant was forgotten while it was in the engine: it still gets its answer, and leaves nothing behind."""
-        self.output_tokens = 0
-        self.reused: dict[int, int] = {}
-
-    def usage(self) -> Usage:
-        reused = sum(self.reused.values())
-        return Usage(
-            input_tokens=self.prompt_tokens - reused,
-            cache_read_input_tokens=reused,
-            output_tokens=self.output_tokens,
-            kv_reused_tokens=reused,
-        )
 
 
 class Counters:
@@ -166,6 +80,7 @@ class Scheduler:
         options: SchedulerOptions,
         *,
         ends: PromptEnds,
+        tiers: SlowerTiers,
         clock: Clock,
     ) -> None:
         self._model = model
@@ -173,6 +88,7 @@ class Scheduler:
         self._arena = arena
         self._cache = cache
         self._ends = ends
+        self._tiers = tiers
         self._options = options
         self._clock = clock
         self._waiting: deque[tuple[Job, Generation]] = deque()
@@ -215,12 +131,15 @@ class Scheduler:
     def step(self) -> bool:
         """Run one forward pass. False where there is nothing left to do."""
         self._cache.expire(self._clock.now_s())
+        self._tiers.settle()
         self._admit()
         answered = self._answer_known()
         batch = self._pack()
         if not batch:
+            if not answered and self._tiers.awaited:
+                self._tiers.wait(_ARRIVAL_S)
             # The only one running may just have given up its extent, to come back where there is more room.
-            return answered or bool(self._waiting)
+            return answered or bool(self._waiting) or self._tiers.awaited
         started_s = self._clock.monotonic_s()
         tokens: list[int] = []
         positions: list[int] = []
@@ -241,6 +160,9 @@ class Scheduler:
         elapsed_s = self._clock.monotonic_s() - started_s
         self.counters.forward_seconds += elapsed_s
         self.counters.num_steps += 1
+        if len(batch) == 1:
+            _, only, count = batch[0]
+            self._tiers.computed(only.num_computed, only.num_computed + count, elapsed_s)
         for job, sequence, count in batch:
             before = sequence.num_computed
             sequence.num_computed += count
@@ -259,11 +181,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move sequences from waiting to running while there is room. One whose next block is just being computed by a
-        running sequence stays until that block is committed; those behind it may pass."""
+        running sequence, or brought back from a slower tier, stays until that block is there; those behind it may pass."""
         held: list[tuple[Job, Generation]] = []
         while self._waiting and len(self._running) < self._options.max_num_seqs:
             job, sequence = self._waiting.popleft()
-            if self._being_computed(job, sequence):
+            if self._being_computed(job, sequence) or self._tiers.holds(job, sequence):
                 held.append((job, sequence))
                 continue
             length = min(len(sequence.tokens) + min(_RESERVE, job.max_tokens - sequence.num_generated), self._arena.capacity)
@@ -432,6 +354,7 @@ class Scheduler:
         sequence.num_committed += stored.num_adopted
         self._pool.save(stored.block_ids, sequence.extent[0] + sequence.num_committed * size)
         self._cache.commit(sequence.lease, len(stored.block_ids), cost_s=cost_s)
+        self._tiers.committed(sequence, sequence.num_committed, stored.block_ids, cost_s, size)
         sequence.num_committed += len(stored.block_ids)
         self._pin(sequence)
 
@@ -479,7 +402,8 @@ class Scheduler:
     def _leave(self, job: Job, sequence: Generation) -> None:
         self._running = [item for item in self._running if item[1] is not sequence]
         if sequence.lease is not None:
-            self._cache.release(sequence.lease)
+            if not self._tiers.keep(job, sequence):
+                self._cache.release(sequence.lease)
             sequence.lease = None
         if sequence.extent is not None:
             start, end = sequence.extent

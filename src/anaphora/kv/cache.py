@@ -345,6 +345,10 @@ class KVCache:
         for block_hash in lease._announced:
             self._announced[block_hash] = self._announced.get(block_hash, 0) + 1
 
+    def num_cached(self, hashes: Sequence[BlockHash], num_tokens: int, *, tenant: Tenant) -> int:
+        """How many blocks `match` would find now. Changes nothing, and counts as no use. O(number of blocks)."""
+        return len(self._cached_prefix(hashes, num_tokens, tenant))
+
     def awaited(self, hashes: Sequence[BlockHash], num_tokens: int, *, tenant: Tenant) -> BlockHash | None:
         """Of the blocks right behind what `match` would find now, the last one that is being computed by somebody, and all
         before it too; None: the first one is not. Changes nothing. O(number of blocks).

@@ -17,7 +17,7 @@ from anaphora.types import Begin, Completion, Delta, Request, Usage
 
 if TYPE_CHECKING:
     from anaphora.backends.engine_core import EngineCore
-    from anaphora.backends.engine_scheduler import Job
+    from anaphora.backends.engine_sequences import Job
 
 
 class Asked:
