@@ -5,8 +5,8 @@ then the model reads the next 64 tokens over it (teacher-forced). Compared with 
 Kullback-Leibler divergence of the next-token distributions, in nats, over all positions of all documents, and how often the
 most likely token is the same. The row `bfloat16` is for comparison: what rounding the KV to that type does.
 
-Cost: bits a value as measured on this KV, and bytes of KV (as in the pool) encoded and decoded per second of one core's time, best
-of some rounds, all codecs taking turns.
+Cost: bits a value as measured on this KV, and bytes of KV (as in the pool) encoded and decoded per second of one core's time,
+best of some rounds, all codecs taking turns.
 
 Texts come from $ANAPHORA_DATA (folders `war-and-peace`, `nltk-texts`, `lmcache-agent-trace`); they are not part of the package.
 

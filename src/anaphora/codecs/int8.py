@@ -51,7 +51,11 @@ def _decode(payload: Payload, out: torch.Tensor) -> None:
     memory = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     scales = memory[:scale_bytes].view(torch.bfloat16).view(*out.shape[:-1], 1)
     codes = memory[scale_bytes:].view(torch.int8).view(out.shape)
-    out.copy_(_turn(codes * scales.float()))
+    turned = codes * scales.float()
+    if out.dtype == torch.float32:
+        _turn(turned, out)
+    else:
+        out.copy_(_turn(turned))
 
 
 def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
@@ -59,10 +63,11 @@ def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
     return ((scales.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def _turn(x: torch.Tensor) -> torch.Tensor:
-    """Each head by the largest Hadamard matrix whose size divides it."""
+def _turn(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Each head by the largest Hadamard matrix whose size divides it; into `out`, which is contiguous, if there is one."""
     size = x.shape[-1] & -x.shape[-1]
-    return torch.matmul(x.reshape(-1, size), _hadamard(size)).view(x.shape)
+    rows = None if out is None else out.view(-1, size)
+    return torch.matmul(x.reshape(-1, size), _hadamard(size), out=rows).view(x.shape)
 
 
 @functools.cache
