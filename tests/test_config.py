@@ -69,9 +69,13 @@ def test_a_flag_beats_the_environment_which_beats_the_file() -> None:
 
 @pytest.mark.parametrize(("path", "short"), SHORT_VARIABLES.items())
 def test_a_short_variable_means_the_same_as_the_long_one(path: str, short: str) -> None:
-    value = {"server.port": "9", "server.workers": "9", "engine.kv_memory": "9KiB", "engine.dtype": "float32"}.get(
-        path, "localhost"
-    )
+    value = {
+        "server.port": "9",
+        "server.workers": "9",
+        "engine.kv_memory": "9KiB",
+        "engine.dtype": "float32",
+        "cache.shared": "redis://localhost",
+    }.get(path, "localhost")
     long = "ANAPHORA_" + path.replace(".", "_").upper()
     assert load(environ={short: value}).config == load(environ={long: value}).config != Config()
 
@@ -301,3 +305,24 @@ def _as_documented(setting: Setting) -> str:
     if setting.type == Size:
         return f'"{format_size(setting.default)}"'
     return msgspec.json.encode(setting.default).decode()
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://host:6379/0", "redis://host:6379/0"),
+        ("rediss://user:pa@ss/word@host", "rediss://user:(hidden)@host"),
+        ("redis+cluster://:word@host:7000", "redis+cluster://:(hidden)@host:7000"),
+        ("unix:///run/socket?db=1&password=word", "unix:///run/socket?db=1&password=(hidden)"),
+    ],
+)
+def test_the_password_of_the_shared_server_is_hidden(url: str, told: str) -> None:
+    loaded = load(environ={"ANAPHORA_SHARED": url})
+    assert loaded.config.cache.shared == url
+    assert shown(loaded)["cache.shared"]["value"] == told
+
+
+def test_an_address_of_the_shared_server_must_look_like_one() -> None:
+    with pytest.raises(ConfigError, match=r"^cache\.shared: ") as failure:
+        load(environ={"ANAPHORA_SHARED": "http://user:word@host"})
+    assert "word" not in str(failure.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_ipc import Status
 
+    from anaphora.tiers.valkey import ValkeyTier
 Say = Callable[[str], None]
 OnStatus: TypeAlias = "Callable[[Status], None]"
 ANSWER_POLICY = "lru"
@@ -129,13 +131,36 @@ def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
     from anaphora.tiers.disk import DiskOptions
     from anaphora.tiers.ram import RamOptions
 
+    """Memory, over this machine's disk, over the server that machines share."""
     policy = cast(Policy[Key], POLICIES.load(ANSWER_POLICY)())
+    from anaphora.tiers.following import FollowingTier
     tiers = [cast(Tier, TIERS.load("ram")(RamOptions(config.ram), policy=policy, clock=clock, emit=emit))]
     if config.disk:
-        options = DiskOptions(str(_folder(config) / "answers"), config.disk)
-        tiers.append(cast(Tier, TIERS.load("disk")(options, clock=clock, emit=emit)))
+        folder = _folder(config) / "answers"
+        disk = cast(Tier, TIERS.load("disk")(DiskOptions(str(folder), config.disk), clock=clock, emit=emit))
+        if shared is not None:
+            server = sha256(config.shared.encode()).hexdigest()[:16]
+            disk = FollowingTier(disk, shared, memo=folder / f"erased-{server}")
+        tiers.append(disk)
+    if shared is not None:
+        tiers.append(shared)
+    shared = shared_tier(config, "answers", config.shared_size, clock=clock, emit=emit) if config.shared else None
     return tiers
 
 
 def _folder(config: CacheConfig) -> Path:
     return Path(config.dir).expanduser()
+def shared_tier(config: CacheConfig, part: str, capacity_bytes: int, *, clock: Clock, emit: Emit) -> ValkeyTier:
+    """`part` of what is kept on the server at `config.shared`. Raises ConfigError."""
+    kind = TIERS.load("valkey")
+    from anaphora.tiers.valkey import ValkeyOptions
+
+    options = ValkeyOptions(
+        config.shared, capacity_bytes, prefix=f"{config.shared_prefix}{part}:", ca_file=config.shared_ca_file
+    )
+    try:
+        return cast("ValkeyTier", kind(options, clock=clock, emit=emit))
+    except ConfigError as error:
+        raise ConfigError(f"cache.shared: {error}") from error
+
+

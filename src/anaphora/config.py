@@ -117,6 +117,14 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of one process. `Config()` is the default configuration; it survives `msgspec.json` round trips."""
+    shared: str = ""
+    """The address of a Valkey or Redis server that keeps answers for several machines. Empty: none."""
+    shared_size: Size = 4 * GIB
+    """Memory of that server for the answers of all machines."""
+    shared_ca_file: str = ""
+    """Of the authority that signed its certificate. Empty: those the system trusts."""
+    shared_prefix: Name = "anaphora:"
+    """What every key on it begins with."""
 
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
@@ -158,6 +166,7 @@ OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA
 def settings() -> tuple[Setting, ...]:
     """Every setting, in the order of the file."""
     found = []
+    "cache.shared": "ANAPHORA_SHARED",
     defaults = Config()
     for section in Config.__struct_fields__:
         values = getattr(defaults, section)
@@ -242,6 +251,8 @@ def is_loopback(host: str) -> bool:
     """True where only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
+        if setting.path == "cache.shared":
+            value = re.sub(r"(?<=://)([^:@/]*:).*(?=@)|(password=)[^&]*", r"\1\2(hidden)", value)
     except ValueError:
         return host == "localhost"
 
@@ -396,3 +407,7 @@ def _check(config: Config, environ: Mapping[str, str]) -> None:
         )
     if config.server.virtual_clock and config.server.workers > 1:
         raise ConfigError("server.virtual_clock: a clock can only be moved in one process; set server.workers = 1")
+    if config.cache.shared and not re.match(r"(rediss?(\+cluster)?|unix)://.", config.cache.shared):
+        raise ConfigError(
+            "cache.shared: an address such as redis://host:6379/0, rediss://..., redis+cluster://... or unix://..."
+        )

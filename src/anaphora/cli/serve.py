@@ -19,6 +19,7 @@ FLAGS = (
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
     ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),
 )
+    ("cache.shared", "--shared", "URL", "Valkey or Redis server that shares answers, such as redis://host:6379/0"),
 """(setting, flag, placeholder, help)."""
 
 EXAMPLES = """\
