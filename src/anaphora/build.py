@@ -30,8 +30,8 @@ from anaphora.types import Key
 if TYPE_CHECKING:
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_ipc import Status
-
     from anaphora.tiers.valkey import ValkeyTier
+
 Say = Callable[[str], None]
 OnStatus: TypeAlias = "Callable[[Status], None]"
 ANSWER_POLICY = "lru"
@@ -128,13 +128,14 @@ def _exact(config: CacheConfig, clock: Clock, emit: Emit) -> AnswerLevel:
 
 
 def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
+    """Memory, over this machine's disk, over the server that machines share."""
     from anaphora.tiers.disk import DiskOptions
+    from anaphora.tiers.following import FollowingTier
     from anaphora.tiers.ram import RamOptions
 
-    """Memory, over this machine's disk, over the server that machines share."""
     policy = cast(Policy[Key], POLICIES.load(ANSWER_POLICY)())
-    from anaphora.tiers.following import FollowingTier
     tiers = [cast(Tier, TIERS.load("ram")(RamOptions(config.ram), policy=policy, clock=clock, emit=emit))]
+    shared = shared_tier(config, "answers", config.shared_size, clock=clock, emit=emit) if config.shared else None
     if config.disk:
         folder = _folder(config) / "answers"
         disk = cast(Tier, TIERS.load("disk")(DiskOptions(str(folder), config.disk), clock=clock, emit=emit))
@@ -144,12 +145,9 @@ def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
         tiers.append(disk)
     if shared is not None:
         tiers.append(shared)
-    shared = shared_tier(config, "answers", config.shared_size, clock=clock, emit=emit) if config.shared else None
     return tiers
 
 
-def _folder(config: CacheConfig) -> Path:
-    return Path(config.dir).expanduser()
 def shared_tier(config: CacheConfig, part: str, capacity_bytes: int, *, clock: Clock, emit: Emit) -> ValkeyTier:
     """`part` of what is kept on the server at `config.shared`. Raises ConfigError."""
     kind = TIERS.load("valkey")
@@ -164,3 +162,5 @@ def shared_tier(config: CacheConfig, part: str, capacity_bytes: int, *, clock: C
         raise ConfigError(f"cache.shared: {error}") from error
 
 
+def _folder(config: CacheConfig) -> Path:
+    return Path(config.dir).expanduser()

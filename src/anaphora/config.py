@@ -109,14 +109,6 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ram: Size = 256 * MIB
     disk: Size = 4 * GIB
     """0: answers are kept in memory only."""
-    ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """Seconds an answer stays valid. 0: until it is evicted."""
-    sampled: Literal["reuse", "never"] | Buckets = "reuse"
-    """What becomes of answers drawn at random (temperature above 0, no seed)."""
-
-
-class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All settings of one process. `Config()` is the default configuration; it survives `msgspec.json` round trips."""
     shared: str = ""
     """The address of a Valkey or Redis server that keeps answers for several machines. Empty: none."""
     shared_size: Size = 4 * GIB
@@ -125,6 +117,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the authority that signed its certificate. Empty: those the system trusts."""
     shared_prefix: Name = "anaphora:"
     """What every key on it begins with."""
+    ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Seconds an answer stays valid. 0: until it is evicted."""
+    sampled: Literal["reuse", "never"] | Buckets = "reuse"
+    """What becomes of answers drawn at random (temperature above 0, no seed)."""
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings of one process. `Config()` is the default configuration; it survives `msgspec.json` round trips."""
 
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
@@ -158,6 +158,7 @@ SHORT_VARIABLES = {
     "engine.dtype": "ANAPHORA_DTYPE",
     "engine.kv_memory": "ANAPHORA_KV_MEMORY",
     "engine.profile": "ANAPHORA_PROFILE",
+    "cache.shared": "ANAPHORA_SHARED",
 }
 OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA_API_KEY")
 """Read elsewhere (the file's path; test data; where `chat` and `stats` connect to), so not a misspelling."""
@@ -166,7 +167,6 @@ OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA
 def settings() -> tuple[Setting, ...]:
     """Every setting, in the order of the file."""
     found = []
-    "cache.shared": "ANAPHORA_SHARED",
     defaults = Config()
     for section in Config.__struct_fields__:
         values = getattr(defaults, section)
@@ -243,6 +243,8 @@ def shown(loaded: Loaded) -> dict[str, dict[str, Any]]:
         value = msgspec.to_builtins(getattr(getattr(loaded.config, section), name))
         if setting.path == "server.keys":
             value = [{**entry, "key": "(hidden)"} if entry["key"] else entry for entry in value]
+        if setting.path == "cache.shared":
+            value = re.sub(r"(?<=://)([^:@/]*:).*(?=@)|(password=)[^&]*", r"\1\2(hidden)", value)
         rows[setting.path] = {"value": value, "source": loaded.sources[setting.path]}
     return rows
 
@@ -251,8 +253,6 @@ def is_loopback(host: str) -> bool:
     """True where only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-        if setting.path == "cache.shared":
-            value = re.sub(r"(?<=://)([^:@/]*:).*(?=@)|(password=)[^&]*", r"\1\2(hidden)", value)
     except ValueError:
         return host == "localhost"
 
@@ -405,9 +405,9 @@ def _check(config: Config, environ: Mapping[str, str]) -> None:
             f"server.host: without API keys only a loopback address may be listened on, not {config.server.host}; "
             "add [[server.keys]] or use 127.0.0.1"
         )
-    if config.server.virtual_clock and config.server.workers > 1:
-        raise ConfigError("server.virtual_clock: a clock can only be moved in one process; set server.workers = 1")
     if config.cache.shared and not re.match(r"(rediss?(\+cluster)?|unix)://.", config.cache.shared):
         raise ConfigError(
             "cache.shared: an address such as redis://host:6379/0, rediss://..., redis+cluster://... or unix://..."
         )
+    if config.server.virtual_clock and config.server.workers > 1:
+        raise ConfigError("server.virtual_clock: a clock can only be moved in one process; set server.workers = 1")

@@ -17,9 +17,9 @@ FLAGS = (
     ("engine.profile", "--profile", "NAME", "account for prompt caching like this model, such as claude-opus-5-5"),
     ("engine.kv_memory", "--kv-memory", "SIZE", "memory for reusable KV blocks, such as 2GiB"),
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
+    ("cache.shared", "--shared", "URL", "Valkey or Redis server that shares answers, such as redis://host:6379/0"),
     ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),
 )
-    ("cache.shared", "--shared", "URL", "Valkey or Redis server that shares answers, such as redis://host:6379/0"),
 """(setting, flag, placeholder, help)."""
 
 EXAMPLES = """\
