@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import redis.asyncio as redis
-from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
@@ -24,6 +24,7 @@ from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import TimeoutError as NoAnswer
 
 from anaphora.errors import ConfigError, TierFailed
+from anaphora.tiers.valkey.reading import Parser
 
 Word: TypeAlias = bytes | str | int | float
 Command: TypeAlias = tuple[Word, ...]
@@ -31,8 +32,6 @@ Reply: TypeAlias = Any
 """What the server said: depends on the command."""
 
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
-_READ_AHEAD = 1 << 20
-"""Bytes that are read before whoever waits for them runs; asyncio's default of 64 KiB halves the speed of large values."""
 
 
 class Unreachable(TierFailed):
@@ -53,26 +52,6 @@ class Access(msgspec.Struct, frozen=True):
     @property
     def cluster(self) -> bool:
         return urlsplit(self.url).scheme.endswith("+cluster")
-
-
-class _ReadsAhead:
-    def _connection_arguments(self) -> dict[str, object]:
-        return {**super()._connection_arguments(), "limit": _READ_AHEAD}  # type: ignore[misc]
-
-
-class _Tcp(_ReadsAhead, Connection):
-    pass
-
-
-class _Tls(_ReadsAhead, SSLConnection):
-    pass
-
-
-class _Unix(_ReadsAhead, UnixDomainSocketConnection):
-    pass
-
-
-_WIDE = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Unix}
 
 
 class Servers:
@@ -219,17 +198,15 @@ def _connection_options(access: Access) -> dict[str, object]:
 
 
 def _client(options: dict[str, object], access: Access) -> redis.Redis:
-    kind = options.get("connection_class", Connection)
     arguments: dict[str, Any] = {
         "socket_timeout": None,
         "socket_connect_timeout": access.connect_timeout_s,
         # Once more where a connection was lost, such as an idle one whose server was started again. No answer is an answer.
         "retry": Retry(NoBackoff(), 1, (LostConnection,)),
         "retry_on_error": [],
-        "socket_read_size": _READ_AHEAD,
         "protocol": 2,
+        "parser_class": Parser,
         **options,
-        "connection_class": _WIDE[kind],  # type: ignore[index]
     }
     pool = redis.BlockingConnectionPool(max_connections=access.max_connections, timeout=access.timeout_s, **arguments)
     return redis.Redis.from_pool(pool)
