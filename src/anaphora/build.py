@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -13,6 +12,7 @@ from anaphora.backends.base import Backend, Measuring
 from anaphora.backends.echo import EchoBackend, Options
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
+from anaphora.codecs.effects import check_default
 from anaphora.config import CacheConfig, Config, EngineConfig
 from anaphora.errors import ConfigError
 from anaphora.events import Emit, ignore
@@ -76,12 +76,18 @@ async def open(config: Config | None = None, *, emit: Emit = ignore) -> AsyncIte
 
 
 def engine_options(config: Config) -> EngineOptions:
-    """What the engine process is told."""
+    """What the engine process is told. Raises ConfigError for a codec that changes more than is allowed."""
     from anaphora.backends.engine import EngineOptions
 
     engine = config.engine
     shared = {name: getattr(engine, name) for name in EngineOptions.__struct_fields__ if hasattr(engine, name)}
     shared["served_name"] = engine.served_name or None
+    shared["kv_dir"] = str(_folder(config.cache) / "kv")
+    shared["kv_shared"] = config.cache.shared
+    shared["kv_shared_capacity"] = config.cache.shared_size
+    shared["kv_shared_prefix"] = f"{config.cache.shared_prefix}kv:"
+    shared["kv_shared_ca_file"] = config.cache.shared_ca_file
+    check_default(engine.kv_codec, engine.kv_codec_bound, setting="engine.kv_codec", bound_setting="engine.kv_codec_bound")
     return EngineOptions(**shared, models_dir=str(_folder(config.cache) / "models"))
 
 
@@ -130,7 +136,7 @@ def _exact(config: CacheConfig, clock: Clock, emit: Emit) -> AnswerLevel:
 def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
     """Memory, over this machine's disk, over the server that machines share."""
     from anaphora.tiers.disk import DiskOptions
-    from anaphora.tiers.following import FollowingTier
+    from anaphora.tiers.following import following
     from anaphora.tiers.ram import RamOptions
 
     policy = cast(Policy[Key], POLICIES.load(ANSWER_POLICY)())
@@ -140,8 +146,7 @@ def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
         folder = _folder(config) / "answers"
         disk = cast(Tier, TIERS.load("disk")(DiskOptions(str(folder), config.disk), clock=clock, emit=emit))
         if shared is not None:
-            server = sha256(config.shared.encode()).hexdigest()[:16]
-            disk = FollowingTier(disk, shared, memo=folder / f"erased-{server}")
+            disk = following(disk, shared, folder, config.shared)
         tiers.append(disk)
     if shared is not None:
         tiers.append(shared)

@@ -89,6 +89,14 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prompt tokens per step while others are decoding: how long a new prompt may hold up their streams."""
     prefix_caching: bool = True
     """False: nothing computed for one request is used for another."""
+    kv_ram: Size = 0
+    """Memory for KV blocks beside `kv_memory`, encoded by `kv_codec`: with a codec that takes fewer bits it holds more."""
+    kv_disk: Size = 8 * GIB
+    """KV blocks that outlive the process, in `cache.dir`/kv. 0: none."""
+    kv_codec: Name = "raw"
+    """How KV blocks are encoded outside `kv_memory`: raw, zstd, or with loss int8, int4, int3."""
+    kv_codec_bound: Annotated[float, msgspec.Meta(ge=0)] = 0.005
+    """What a codec may change, in nats of mean divergence of next-token distributions as measured."""
     pin_quota: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
     """Share of the KV blocks that prompt caching may keep from being evicted for one tenant."""
     profile: str | tuple[Name, ...] = ()

@@ -3,7 +3,7 @@
 AnaphoraError
 ├── ConfigError                 the configuration or the command line is wrong; says what to change
 ├── TierFailed                  a storage tier could not do what it was asked; never reaches a client (invariant 8)
-├── DamagedBlock                stored KV is not what it should be; it is a counted miss and never reaches a client (invariant 8)
+├── DamagedBlock                stored KV is not what it should be: a counted miss, which never reaches a client (invariant 8)
 └── ServiceError                ends a request; carries an HTTP status, rendered by `wire` in the caller's dialect
     ├── InvalidRequest     400  bad JSON, bad field (`param` names it), unsupported feature
     │   └── ContextTooLong 400  the prompt (plus max_tokens) does not fit the model

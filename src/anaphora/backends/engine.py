@@ -71,8 +71,10 @@ class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes in `kv_dir`. 0: none."""
     kv_shared: str = ""
     """URL of a Valkey or Redis server that keeps KV blocks for several machines."""
-    kv_shared_capacity: int = 0
-    """Bytes there."""
+    kv_shared_capacity: int = 4 * GiB
+    kv_shared_prefix: str = "anaphora:kv:"
+    """What every key there begins with."""
+    kv_shared_ca_file: str = ""
     kv_codec: str = "raw"
     pin_quota: float = 0.25
     """Share of the KV blocks that promises to one tenant may keep from being evicted."""

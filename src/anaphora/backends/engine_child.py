@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -39,11 +40,12 @@ from anaphora.backends.engine_ipc import (
     read_frame,
     to_engine_decoder,
 )
-from anaphora.clock import SystemClock
+from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, EngineDied, ServiceError
 from anaphora.registry import CODECS, POLICIES, TIERS
 from anaphora.store import Store, StoreOptions
 from anaphora.tiers.base import Tier
+from anaphora.tiers.following import Leader, following
 from anaphora.types import Delta, End
 
 if TYPE_CHECKING:
@@ -196,12 +198,21 @@ def _load(options: EngineOptions, progress: Callable[[str], None]) -> EngineCore
             f"the embedded engine needs packages that are not installed ({error}): pip install 'anaphora[local]'"
         ) from error
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    codec = CODECS.load(options.kv_codec)()
-    return EngineCore(options, POLICIES.load(options.policy)(), store=_store(options), codec=codec, progress=progress)
+    codecs = {name: CODECS.load(name)() for name in CODECS.names()}
+    if options.kv_codec not in codecs:
+        CODECS.load(options.kv_codec)  # says what is wrong with the name
+    return EngineCore(
+        options,
+        POLICIES.load(options.policy)(),
+        store=_store(options),
+        codec=codecs[options.kv_codec],
+        readable=codecs,
+        progress=progress,
+    )
 
 
 def _store(options: EngineOptions) -> Store | None:
-    """Where KV blocks go beyond the pool; None: nowhere."""
+    """Where KV blocks go beyond the pool: memory, this machine's disk, the server that machines share. None: nowhere."""
     from anaphora.tiers.disk import DiskOptions
     from anaphora.tiers.ram import RamOptions
 
@@ -209,16 +220,30 @@ def _store(options: EngineOptions) -> Store | None:
     tiers: list[Tier] = []
     if options.kv_ram:
         tiers.append(TIERS.load("ram")(RamOptions(options.kv_ram), policy=POLICIES.load(options.policy)(), clock=clock))
+    shared = _shared(options, clock) if options.kv_shared else None
     if options.kv_disk:
-        tiers.append(TIERS.load("disk")(DiskOptions(options.kv_dir, options.kv_disk), clock=clock))
-    if options.kv_shared:
-        from anaphora.tiers.valkey import ValkeyOptions  # only here: its client may not be installed
-
-        shared = ValkeyOptions(options.kv_shared, capacity_bytes=options.kv_shared_capacity, prefix="anaphora-kv:")
-        tiers.append(TIERS.load("valkey")(shared, clock=clock))
+        disk: Tier = TIERS.load("disk")(DiskOptions(options.kv_dir, options.kv_disk), clock=clock)
+        tiers.append(disk if shared is None else following(disk, shared, Path(options.kv_dir), options.kv_shared))
+    if shared is not None:
+        tiers.append(shared)
     if not tiers or not options.prefix_caching:
         return None
     return Store(tiers, clock=clock, options=StoreOptions(max_pending_bytes=_PENDING_BYTES, lookup_timeout_s=_LOOKUP_S))
+
+
+def _shared(options: EngineOptions, clock: Clock) -> Leader:
+    kind = TIERS.load("valkey")  # before its options are imported: this says what to install
+    from anaphora.tiers.valkey import ValkeyOptions
+
+    where = ValkeyOptions(
+        options.kv_shared,
+        options.kv_shared_capacity,
+        prefix=options.kv_shared_prefix,
+        ca_file=options.kv_shared_ca_file,
+        timeout_s=_LOOKUP_S,
+    )
+    tier: Leader = kind(where, clock=clock)
+    return tier
 
 
 def _loop(core: EngineCore, inbox: Inbox) -> None:

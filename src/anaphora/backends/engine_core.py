@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -85,10 +85,12 @@ class EngineCore:
         *,
         store: Store | None = None,
         codec: Codec | None = None,
+        readable: Mapping[str, Codec] | None = None,
         progress: Callable[[str], None] = lambda stage: None,
         clock: Clock | None = None,
     ) -> None:
-        """`store` is where KV blocks outlive the pool, encoded by `codec` (default: as they are). It becomes this engine's."""
+        """`store` is where KV blocks outlive the pool, encoded by `codec` (default: as they are), or by any
+        of `readable` before. It becomes this engine's."""
         from transformers import AutoTokenizer
 
         started_s = time.monotonic()
@@ -136,7 +138,14 @@ class EngineCore:
         )
         self._offload: Offload | None = None
         if store is not None:
-            self._offload = Offload(store, codec or Raw(), pool, model=self.info.id, max_saving_blocks=plan.num_blocks // 2)
+            self._offload = Offload(
+                store,
+                codec or Raw(),
+                pool,
+                model=self.info.id,
+                max_saving_blocks=plan.num_blocks // 2,
+                readable=readable,
+            )
         self._tiers = SlowerTiers(self._offload, self._cache)
         self._scheduler = Scheduler(
             self.model,

@@ -16,6 +16,8 @@ FLAGS = (
     ("engine.kind", "--engine", "KIND", "transformers, or echo (no model: emulates providers' prompt caching)"),
     ("engine.profile", "--profile", "NAME", "account for prompt caching like this model, such as claude-opus-5-5"),
     ("engine.kv_memory", "--kv-memory", "SIZE", "memory for reusable KV blocks, such as 2GiB"),
+    ("engine.kv_disk", "--kv-disk", "SIZE", "disk space for KV blocks that outlive the process; 0: none"),
+    ("engine.kv_codec", "--kv-codec", "NAME", "how KV is stored outside --kv-memory: raw, zstd, int8, int4"),
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
     ("cache.shared", "--shared", "URL", "Valkey or Redis server that shares answers, such as redis://host:6379/0"),
     ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),

@@ -73,6 +73,15 @@ def unpack(codec: Codec, block: torch.Tensor, framed: Payload, *, bound_to: byte
     return opened.payload
 
 
+def codec_of(framed: Payload) -> str:
+    """The name of the codec that a frame says it was made by. Raises DamagedBlock where it says none; no more is checked."""
+    whole = memoryview(framed).cast("B")
+    try:
+        return _name_at(whole, 6)[0]
+    except (IndexError, UnicodeDecodeError) as error:
+        raise DamagedBlock("its beginning is damaged") from error
+
+
 def check(framed: Payload, *, bound_to: bytes = b"") -> Frame:
     """What is in a frame, made sure that it is all there and as it was packed. Raises DamagedBlock."""
     whole = memoryview(framed).cast("B").toreadonly()

@@ -10,7 +10,8 @@ The engine's thread owns the pool's index (`cache`) and never waits here. A thre
 Finished jobs are handed back by `finished()`; it is the engine's thread that commits and releases.
 
 What is stored says by itself what it is: the parent's hash and the block's tokens, from which its key follows, beside the
-frame of `codecs.frame` with shape, type and checksum. Whatever does not fit is a counted miss (invariant 8), and is removed.
+frame of `codecs.frame` with codec, shape, type and checksum. Whatever does not fit is a counted miss (invariant 8), and is
+removed. Blocks encoded with a loss have keys of their own, so an engine that wants exact ones never meets them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,7 +34,7 @@ from anaphora.codecs import frame
 from anaphora.codecs.base import Codec
 from anaphora.errors import DamagedBlock
 from anaphora.events import Forgotten
-from anaphora.keys import block_hashes
+from anaphora.keys import block_hashes, digest
 from anaphora.kv.cache import Lease
 from anaphora.kv.estimates import Estimates
 from anaphora.kv.pool import KVPool
@@ -68,6 +69,11 @@ def unpack(value: bytes) -> tuple[Header, memoryview]:
         return msgspec.msgpack.decode(value[_HEADER_LENGTH:end], type=Header), memoryview(value)[end:]
     except msgspec.MsgspecError as error:
         raise DamagedBlock(f"no header: {error}") from error
+
+
+def storage_key(block_hash: BlockHash, *, lossy: bool) -> Key:
+    """The key of a block in the slower tiers."""
+    return Key(digest((b"lossy", block_hash)) if lossy else block_hash)
 
 
 class Saving:
@@ -139,9 +145,21 @@ class OffloadCounters:
 class Offload:
     """See the module. `pool` is where blocks are read from and decoded into; `model` is what entries are filed under."""
 
-    def __init__(self, store: Store, codec: Codec, pool: KVPool, *, model: str, max_saving_blocks: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        codec: Codec,
+        pool: KVPool,
+        *,
+        model: str,
+        max_saving_blocks: int,
+        readable: Mapping[str, Codec] | None = None,
+    ) -> None:
+        """Blocks are written by `codec`, and read if it or one of `readable` (by name) wrote them. With more than
+        `max_saving_blocks` waiting to be written, further ones are not."""
         self._store = store
         self._codec = codec
+        self._codecs = {**(readable or {}), codec.name: codec}
         self._pool = pool
         self._model = model
         self._max_saving = max_saving_blocks
@@ -246,6 +264,9 @@ class Offload:
             figures[f"kv_{name}_pays"] = "unknown" if pays is None else "yes" if pays else "no: computing is faster"
         return figures
 
+    def _key(self, block_hash: BlockHash) -> Key:
+        return storage_key(block_hash, lossy=self._codec.lossy)
+
     # -- on the loop's thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -281,9 +302,9 @@ class Offload:
     async def _save(self, saving: Saving, num_forgets: int) -> None:
         try:
             async with self._saves:  # one after the other: memory for one batch only
-                keys = [Key(block.hash) for block in saving.blocks]
+                keys = [self._key(block.hash) for block in saving.blocks]
                 known = await self._store.locate(keys)
-                new = [block for block in saving.blocks if Key(block.hash) not in known]
+                new = [block for block in saving.blocks if self._key(block.hash) not in known]
                 self.counters.known_blocks += len(known)
                 for first in range(0, len(new), self._batch):
                     if num_forgets != self._num_forgets:
@@ -302,7 +323,7 @@ class Offload:
         values = await asyncio.to_thread(self._encode, blocks)
         for block, value in zip(blocks, values, strict=True):
             if num_forgets == self._num_forgets and self._store.put(
-                Key(block.hash), value, cost_s=block.cost_s, tenant=tenant, model=self._model, since=mark
+                self._key(block.hash), value, cost_s=block.cost_s, tenant=tenant, model=self._model, since=mark
             ):
                 self.counters.saved_blocks += 1
                 self.counters.saved_bytes += len(value)
@@ -314,17 +335,17 @@ class Offload:
         content = self._pool.read_blocks([block.id for block in blocks])
         payloads = self._codec.encode(content)
         return [
-            pack(block.parent, block.tokens, frame.pack(self._codec, content[0], payload, bound_to=block.hash))
+            pack(block.parent, block.tokens, frame.pack(self._codec, content[0], payload, bound_to=self._key(block.hash)))
             for block, payload in zip(blocks, payloads, strict=True)
         ]
 
     async def _seek(self, fetch: Fetch) -> None:
         num_found = 0
         try:
-            where = await self._store.locate([Key(h) for h in fetch.hashes])
+            where = await self._store.locate([self._key(block_hash) for block_hash in fetch.hashes])
             there: list[tuple[str, int]] = []
             for block_hash in fetch.hashes:
-                place = where.get(Key(block_hash))
+                place = where.get(self._key(block_hash))
                 if place is None:
                     break
                 there.append(place)
@@ -369,7 +390,7 @@ class Offload:
 
     async def _read(self, hashes: Sequence[BlockHash]) -> _Batch:
         """The values of the leading ones of `hashes` that are there."""
-        keys = [Key(h) for h in hashes]
+        keys = [self._key(block_hash) for block_hash in hashes]
         where = await self._store.locate(keys)
         started_s = time.monotonic()
         entries = await self._store.get_many(keys[::-1])  # the head of a chain is used last: it leaves last
@@ -386,7 +407,7 @@ class Offload:
 
     def _decode(self, fetch: Fetch, done: int, values: Sequence[bytes]) -> int:
         """Into the fetch's blocks from number `done` on; how many of them were sound, one after the other."""
-        payloads: list[memoryview] = []
+        payloads: list[tuple[str, memoryview]] = []
         for number, value in enumerate(values, fetch.first + done):
             try:
                 payloads.append(self._payload(fetch, number, value))
@@ -395,23 +416,31 @@ class Offload:
                 log.warning("a stored KV block is of no use and is computed again: %s", error)
                 self._start(functools.partial(self._remove, fetch.hashes[number]))
                 break
-        if payloads:
-            content = self._pool.empty_blocks(len(payloads))
-            self._codec.decode(payloads, content)
-            self._pool.write_blocks(fetch.block_ids[done : done + len(payloads)], content)
+        at = done
+        for codec, run in itertools.groupby(payloads, key=lambda item: item[0]):
+            some = [payload for _, payload in run]
+            content = self._pool.empty_blocks(len(some))
+            self._codecs[codec].decode(some, content)
+            self._pool.write_blocks(fetch.block_ids[at : at + len(some)], content)
+            at += len(some)
         return len(payloads)
 
-    def _payload(self, fetch: Fetch, number: int, value: bytes) -> memoryview:
-        """Raises DamagedBlock unless `value` is the block that its key, and its place in the prompt, say."""
+    def _payload(self, fetch: Fetch, number: int, value: bytes) -> tuple[str, memoryview]:
+        """The codec's name, and what it made. Raises DamagedBlock unless `value` is the block that its key and its place in the
+        prompt say."""
         header, framed = unpack(value)
         size = self._pool.block_size
         parent = fetch.hashes[number - 1] if number else fetch.parent
         if header.parent != parent or list(header.tokens) != list(fetch.tokens[number * size : (number + 1) * size]):
             raise DamagedBlock("it is another block than its key says")
-        return frame.unpack(self._codec, self._pool.block_like, framed, bound_to=fetch.hashes[number])
+        name = frame.codec_of(framed)
+        if name not in self._codecs:
+            raise DamagedBlock(f"it was encoded as {name!r}, which is not known here")
+        key = self._key(fetch.hashes[number])
+        return name, frame.unpack(self._codecs[name], self._pool.block_like, framed, bound_to=key)
 
     async def _remove(self, block_hash: BlockHash) -> None:
-        await self._store.delete((Key(block_hash),))
+        await self._store.delete((self._key(block_hash),))
 
     async def _forget(self, scope: Scope) -> Forgotten:
         receipt = await self._store.forget(scope)
@@ -428,10 +457,11 @@ class _Batch(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def verified(key: Key, value: bytes, block_size: int) -> Header:
-    """The header of a stored block whose key follows from it. Raises DamagedBlock."""
+def verified(key: Key, value: bytes, block_size: int) -> tuple[Header, frame.Frame]:
+    """What lies under `key` in a slower tier, if it is the block that the key says. Raises DamagedBlock."""
     header, framed = unpack(value)
-    if block_hashes(header.parent, header.tokens, block_size) != [BlockHash(key)]:
+    content = frame.check(framed, bound_to=key)
+    hashes = block_hashes(header.parent, header.tokens, block_size)
+    if len(hashes) != 1 or storage_key(hashes[0], lossy=content.lossy) != key:
         raise DamagedBlock("its key does not follow from its tokens")
-    frame.check(framed, bound_to=key)
-    return header
+    return header, content

@@ -81,7 +81,7 @@ class Tier(Protocol):
         ...
 
     async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
-        """Which of `keys` are there and not expired, and what each counts (`Entry.size`), without reading them: no use of them."""
+        """Which of `keys` are there and not expired, and what each counts (`Entry.size`). Nothing is read, or used."""
         ...
 
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:

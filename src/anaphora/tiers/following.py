@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -127,3 +128,8 @@ class FollowingTier:
         with contextlib.suppress(OSError):  # a full disk, say: some erasures are then done twice
             written.write_text(str(number), encoding="ascii")
             written.replace(self._memo)
+
+
+def following(inner: Tier, leader: Leader, folder: Path, url: str) -> FollowingTier:
+    """`inner`, whose files lie in `folder`, following the server at `url`: each server has a memo of its own there."""
+    return FollowingTier(inner, leader, memo=folder / f"erased-{sha256(url.encode()).hexdigest()[:16]}")
