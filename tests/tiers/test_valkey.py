@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from redis.crc import key_slot
 
 from anaphora.clock import ManualClock, SystemClock
 from anaphora.errors import ConfigError, TierFailed
@@ -18,7 +19,7 @@ from anaphora.events import Damaged, Event, Failed
 from anaphora.policies.lru import LRU
 from anaphora.store import Store, StoreOptions
 from anaphora.testing.tiers import make_entry, make_key
-from anaphora.testing.valkey import ValkeyServer
+from anaphora.testing.valkey import ValkeyServer, valkey_cluster
 from anaphora.tiers.base import ENTRY_OVERHEAD, EVERYTHING, Entry, Erasure
 from anaphora.tiers.ram import RamOptions, RamTier
 from anaphora.tiers.valkey import ValkeyOptions, ValkeyTier, scripts
@@ -80,6 +81,23 @@ def test_hundreds_of_large_values_come_back_as_they_were(valkey: str) -> None:
         entries = {make_key(name): msgspec.structs.replace(LARGE, cost_s=float(name)) for name in range(100)}
         assert await tier.put_many(entries) == frozenset(entries)
         assert await tier.get_many(entries) == entries
+        await tier.aclose()
+
+    run(body())
+
+
+def test_values_of_all_sizes_come_back_in_one_batch(valkey: str) -> None:
+    """Large values are read another way than small ones, and either may begin in the other's last bytes."""
+
+    async def body() -> None:
+        tier = open_tier(valkey)
+        sizes = [0, 1, 70_000, 3, 65_534, 65_535, 65_536, 65_537, 0, 2 * MIB, 10, 131_072, 1 * MIB, 65_536, 2, 3 * MIB]
+        entries = {make_key(name): make_entry(size, fill=bytes([name])) for name, size in enumerate(sizes)}
+        await tier.put_many(entries)
+        assert await tier.get_many(entries) == entries
+        many = [tier.get_many(list(entries)[name:]) for name in range(len(sizes))]
+        for name, found in enumerate(await asyncio.gather(*many)):
+            assert found == {make_key(later): entries[make_key(later)] for later in range(name, len(sizes))}
         await tier.aclose()
 
     run(body())
@@ -496,6 +514,32 @@ def test_it_is_reached_over_a_unix_socket_and_in_a_numbered_database(valkey: str
     run(works(valkey_server.unix_url))
     run(works(valkey.replace("/0", "/3")))
     assert number(valkey_server.command("DBSIZE")) > 0
+
+
+def test_in_a_cluster_a_bucket_is_found_again_where_it_has_moved_and_missed_where_its_node_is_gone() -> None:
+    async def body() -> None:
+        with valkey_cluster() as nodes:
+            tier = open_tier(nodes[0].url.replace("redis://", "redis+cluster://"))
+            entries = {make_key(name): make_entry() for name in range(64)}
+            assert await tier.put_many(entries) == frozenset(entries)
+            assert await tier.get_many(entries) == entries
+            moved = key_slot(b"05")
+            [home] = [node for node in nodes if node.command("CLUSTER", "COUNTKEYSINSLOT", str(moved)) != b":0\r\n"]
+            away = nodes[(nodes.index(home) + 1) % 3]
+            for node in nodes:
+                node.command("FLUSHALL")
+            name = away.command("CLUSTER", "MYID").split(b"\r\n")[1]
+            for node in (away, home, nodes[(nodes.index(home) + 2) % 3]):
+                node.command("CLUSTER", "SETSLOT", str(moved), "NODE", name)
+            assert await tier.put_many(entries) == frozenset(entries)
+            assert away.command("CLUSTER", "COUNTKEYSINSLOT", str(moved)) != b":0\r\n"
+            assert await tier.get_many(entries) == entries
+            home.kill()
+            with pytest.raises(TierFailed):
+                await tier.get_many(entries)
+            await tier.aclose()
+
+    run(body())
 
 
 def test_prefixes_keep_apart_what_shares_a_server(valkey: str) -> None:

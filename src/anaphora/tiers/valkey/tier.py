@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -19,22 +18,15 @@ from anaphora.errors import ConfigError, TierFailed
 from anaphora.events import Damaged, Emit, Evicted, ignore
 from anaphora.tiers.base import EVERYTHING, Entry, Erasure, TierStats
 from anaphora.tiers.valkey import scripts
+from anaphora.tiers.valkey.batches import each, on_a_thread, pieces, writes
 from anaphora.tiers.valkey.framing import packed, restored, unpacked
 from anaphora.tiers.valkey.servers import Access, Command, Reply, Servers, Unreachable
 from anaphora.types import Key, Scope
 
-T = TypeVar("T")
-
 _CLUSTER_BUCKETS = 16
 _READ_ENTRIES = 16
-_WRITE_ENTRIES = 64
-_WRITE_BYTES = 4 << 20
 _ENTRIES = 500
 """Of one command that carries no values."""
-_AT_ONCE = 2
-"""Batches under way at a time: one is checked while the next one arrives."""
-_BUSY_BYTES = 256 << 10
-"""Checksums over more than this are computed on another thread: the event loop has other things to do."""
 _MAX_TOUCHED = 1 << 14
 _FORBIDDEN = frozenset("{}*?[]\\")
 
@@ -99,8 +91,8 @@ class ValkeyTier:
 
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
         found: dict[Key, Entry] = {}
-        batches = [(bucket, some) for bucket, all_keys in self._by_bucket(keys) for some in _pieces(all_keys, _READ_ENTRIES)]
-        async for entries in _each(batches, lambda batch: self._get(*batch)):
+        batches = [(bucket, some) for bucket, all_keys in self._by_bucket(keys) for some in pieces(all_keys, _READ_ENTRIES)]
+        async for entries in each(batches, lambda batch: self._get(*batch)):
             found.update(entries)
         self.touch(found)
         return found
@@ -110,7 +102,7 @@ class ValkeyTier:
         found: dict[Key, int] = {}
         for bucket, all_keys in self._by_bucket(keys):
             index = self._bucket_keys[bucket][0]
-            for some in _pieces(all_keys, _ENTRIES):
+            for some in pieces(all_keys, _ENTRIES):
                 [replies] = await self._ask(bucket, [("HMGET", index, *some)])
                 for key, data in zip(some, replies, strict=True):
                     about = None if data is None else unpacked(data)
@@ -123,9 +115,9 @@ class ValkeyTier:
         batches = [
             (bucket, batch)
             for bucket, keys in self._by_bucket(entries)
-            for batch in _writes({key: entries[key] for key in keys})
+            for batch in writes({key: entries[key] for key in keys})
         ]
-        async for keys in _each(batches, lambda batch: self._put(*batch, epoch)):
+        async for keys in each(batches, lambda batch: self._put(*batch, epoch)):
             stored |= keys
         return frozenset(stored)
 
@@ -133,7 +125,7 @@ class ValkeyTier:
         count = 0
         async with self._erasing(Erasure(keys=tuple(keys))):
             for bucket, all_keys in self._by_bucket(keys):
-                for some in _pieces(all_keys, _ENTRIES):
+                for some in pieces(all_keys, _ENTRIES):
                     count += await self._run(bucket, scripts.DELETE, *some)
         return count
 
@@ -221,7 +213,7 @@ class ValkeyTier:
                 elif not entry.expired(now_s):
                     found[key] = entry
 
-        await _on_a_thread(sum(len(value or b"") for value in values), sort)
+        await on_a_thread(sum(len(value or b"") for value in values), sort)
         if damaged:
             await self._discard(bucket, damaged)
         return found
@@ -233,7 +225,7 @@ class ValkeyTier:
         capacity = self._options.capacity_bytes // len(self._tags)
         place = self._bucket_keys[bucket][5]
         now_s = self._clock.now_s()
-        framed = await _on_a_thread(
+        framed = await on_a_thread(
             sum(len(entry.value) for entry in entries.values()),
             lambda: [packed(key, entry) for key, entry in entries.items()],
         )
@@ -298,7 +290,7 @@ class ValkeyTier:
             for bucket, keys in enumerate(self._bucket_keys):
                 place = keys[5]
                 seen = [name[len(place) :] for name in names if name.startswith(place)]
-                for some in _pieces(seen, _ENTRIES):
+                for some in pieces(seen, _ENTRIES):
                     await self._ask(bucket, [("EVAL", scripts.STRAYS, len(keys), *keys, *some)])
 
     # -- asking --------------------------------------------------------------------------------------------------------
@@ -364,7 +356,7 @@ class ValkeyTier:
     async def _tell_touched(self) -> None:
         touched, self._touched = self._touched, {}
         for bucket, keys in self._by_bucket(touched):
-            for some in _pieces(keys, _ENTRIES):
+            for some in pieces(keys, _ENTRIES):
                 await self._transact(bucket, [self._script(bucket, scripts.TOUCH, *some)])
 
     # -- buckets -------------------------------------------------------------------------------------------------------
@@ -387,50 +379,3 @@ def _keys_of(prefix: str, tag: str) -> tuple[bytes, ...]:
     """The keys of a bucket, in the order of the scripts' KEYS; the last one is what the values' keys begin with."""
     names = ("index", "order", "expiry", "state", "log", "v:")
     return tuple([f"{prefix}{{{tag}}}:{name}".encode() for name in names])
-
-
-async def _on_a_thread(num_bytes: int, work: Callable[[], T]) -> T:
-    return work() if num_bytes < _BUSY_BYTES else await asyncio.to_thread(work)
-
-
-def _pieces(items: list[T], length: int) -> Iterator[list[T]]:
-    return (items[start : start + length] for start in range(0, len(items), length))
-
-
-def _writes(entries: dict[Key, Entry]) -> Iterator[dict[Key, Entry]]:
-    """Pieces that keep the server busy for a short time each."""
-    batch: dict[Key, Entry] = {}
-    size = 0
-    for key, entry in entries.items():
-        batch[key] = entry
-        size += entry.size
-        if size >= _WRITE_BYTES or len(batch) >= _WRITE_ENTRIES:
-            yield batch
-            batch, size = {}, 0
-    if batch:
-        yield batch
-
-
-B = TypeVar("B")
-
-
-async def _each(batches: list[B], work: Callable[[B], Awaitable[T]]) -> AsyncIterator[T]:
-    """What `work` makes of the batches, `_AT_ONCE` of them under way; the first failure ends all."""
-    if len(batches) == 1:
-        yield await work(batches[0])
-        return
-    waiting = iter(batches)
-    running: set[asyncio.Future[T]] = set()
-    try:
-        while True:
-            while len(running) < _AT_ONCE and (batch := next(waiting, None)) is not None:
-                running.add(asyncio.ensure_future(work(batch)))
-            if not running:
-                return
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        for future in running:
-            future.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
