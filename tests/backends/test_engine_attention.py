@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anaphora.backends import engine_attention
+from anaphora.backends import engine_attention, engine_kernels
 from anaphora.backends.engine_attention import PackedAttention, Segment, attend
 from anaphora.backends.engine_kernels import DecodeAttention, can_compile
 from anaphora.kv.pool import KVPool, KVShape
@@ -102,3 +102,25 @@ def test_the_compiled_kernel_is_softmax_attention(lengths: list[tuple[int, bool]
         k, v = keys[None, :, start : start + size], values[None, :, start : start + size]
         expected = naive(queries[i][None, :, None], k, v, size - 1, 0.3)
         torch.testing.assert_close(out[i].double(), expected[0, :, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not can_compile(torch.float32, torch.device("cpu")), reason="numba is not installed")
+def test_a_kernel_that_was_compiled_once_is_read_from_disk_from_then_on() -> None:
+    """Also one that calls others, and by another process: built anew, none of them is the object it was."""
+    found = []
+    for _ in range(2):
+        for build in (
+            engine_kernels._build,
+            engine_kernels.part_of_attention,
+            engine_kernels.merge,
+            engine_kernels.exponential,
+        ):
+            build.cache_clear()
+        keys = torch.zeros((1, 8, 8))
+        kernel = DecodeAttention([keys], [keys], 1)
+        kernel.begin([0], [8])
+        kernel(0, torch.zeros((1, 1, 8)), 1.0)
+        found.append(sum(kernel._attend.stats.cache_hits.values()))  # type: ignore[attr-defined]
+    assert found[1] == 1
+    other_size = DecodeAttention([keys], [keys], 2)
+    assert engine_kernels._content(other_size._attend) != engine_kernels._content(kernel._attend)

@@ -9,11 +9,13 @@ their softmax, and the weighted values; the parts of a head are merged by their 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -77,10 +79,38 @@ def num_parts(longest: int, threads: int) -> int:
     return 1 if longest <= _SHORT else threads
 
 
-def jit(function: Any) -> Any:
+def jit(function: Any, **options: Any) -> Any:
+    """`function` compiled, or read from disk where an earlier process has compiled the same."""
     import numba
 
-    return numba.njit(function, fastmath=REASSOCIATE, cache=True)
+    compiled: Any = numba.njit(function, fastmath=REASSOCIATE, **options)
+    compiled._cache = _cache_type()(function)
+    return compiled
+
+
+@functools.cache
+def _cache_type() -> Any:
+    from numba.core.caching import FunctionCache
+
+    class Cache(FunctionCache):
+        """numba's own key has the compiled functions that a closure calls as they are pickled, which is different in every
+        process: it would be compiled, and written, at every start."""
+
+        def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
+            return signature, codegen.magic_tuple(), hashlib.sha256(_content(self._py_func).encode()).hexdigest()
+
+    return Cache
+
+
+def _content(thing: Any) -> str:
+    """A function by what it and all that it calls do; anything else as it is written."""
+    function = getattr(thing, "py_func", None) or getattr(thing, "_defn", None) or thing
+    if not isinstance(function, FunctionType):
+        return repr(thing)
+    code = function.__code__
+    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    cells = [_content(cell.cell_contents) for cell in function.__closure__ or ()]
+    return repr((code.co_code, code.co_names, constants, cells))
 
 
 @functools.cache
@@ -205,5 +235,5 @@ def _build(group: int, dim: int) -> Kernel:
                 task = (b * kv_heads + h) * parts
                 merge_parts(sums[task : task + parts], out[b, h])
 
-    built: Kernel = numba.njit(attend, parallel=True, nogil=True, fastmath=REASSOCIATE, cache=True)
+    built: Kernel = jit(attend, parallel=True, nogil=True)
     return built

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from anaphora.backends.engine_kernels import REASSOCIATE, Kernel, jit, merge, num_parts, part_of_attention
+from anaphora.backends.engine_kernels import Kernel, jit, merge, num_parts, part_of_attention
 from anaphora.backends.engine_linear import LEAST_WEIGHTS, TILE
 from anaphora.kv.pool import KVPool, KVShape
 
@@ -307,5 +307,5 @@ def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: boo
         for m in range(num_rows):
             norm(hidden[m], last_norm, epsilon, hidden[m])
 
-    built: Kernel = numba.njit(run, parallel=True, nogil=True, fastmath=REASSOCIATE, cache=True)
+    built: Kernel = jit(run, parallel=True, nogil=True)
     return built
