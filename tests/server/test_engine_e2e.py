@@ -205,6 +205,49 @@ def test_anthropic_counts_the_tokens_that_usage_shows(ant: anthropic.Anthropic) 
     assert counted.input_tokens == total
 
 
+def timed(ask: Callable[[], Any]) -> tuple[Any, int, float]:
+    """The answer, the KV tokens that were really reused for it, and how long it took."""
+    started_s = monotonic()
+    raw = ask()
+    return raw.parse(), int(raw.headers["x-anaphora-kv-reused-tokens"]), monotonic() - started_s
+
+
+def test_anthropic_what_usage_calls_a_write_is_slow_and_what_it_calls_a_read_is_fast(ant: anthropic.Anthropic) -> None:
+    system: Any = [{"type": "text", "text": "Clocks. " + SYSTEM * 6, "cache_control": {"type": "ephemeral"}}]
+    writes: list[float] = []
+    reads: list[float] = []
+    for question in ("How old are they?", "Who winds them?", "Which is the finest?"):
+        answer, reused, seconds = timed(
+            lambda question=question: ant.messages.with_raw_response.create(  # type: ignore[misc]  # asked at once
+                model="smollm2", max_tokens=1, system=system, messages=turns(question)
+            )
+        )
+        read, written = answer.usage.cache_read_input_tokens, answer.usage.cache_creation_input_tokens
+        assert (read == 0) != (written == 0)
+        assert reused >= read - 16
+        (reads if read else writes).append(seconds)
+    assert (len(writes), len(reads)) == (1, 2)
+    assert min(reads) < writes[0] / 3
+
+
+def test_openai_what_usage_calls_cached_is_fast(oai: openai.OpenAI) -> None:
+    messages: Any = [{"role": "system", "content": "Watches. " + SYSTEM * 8}]
+    cold: list[float] = []
+    warm: list[float] = []
+    for question in ("How old are they?", "Who winds them?", "Which is the finest?"):
+        answer, reused, seconds = timed(
+            lambda question=question: oai.chat.completions.with_raw_response.create(  # type: ignore[misc]  # asked at once
+                model="smollm2", max_tokens=1, messages=messages + turns(question)
+            )
+        )
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        assert cached % 128 == 0
+        assert reused >= cached - 16
+        (warm if cached else cold).append(seconds)
+    assert (len(cold), len(warm)) == (1, 2)
+    assert min(warm) < cold[0] / 3
+
+
 def test_a_client_that_goes_away_frees_its_place(real: str, oai: openai.OpenAI) -> None:
     options: Any = {"model": "smollm2", "temperature": 1.0, "max_tokens": 1500}
     stream = oai.chat.completions.create(messages=turns("Tell me a long, long story."), stream=True, **options)
