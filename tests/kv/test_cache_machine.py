@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
@@ -515,19 +515,48 @@ def mutant(old: str, new: str) -> ModuleType:
     return module
 
 
+SEEDS = {
+    "what is overdue goes in spite of a pin": 6,
+    "a pin ends when it was first to": 9,
+    "pending blocks are pinned": 1,
+    "forgotten blocks never become free": 4,
+    "forget frees leased blocks": 3,
+    "forget spares leased blocks": 3,
+    "a forgotten lease still stores": 3,
+    "the newest pin is dropped": 8,
+    "all together have no quota": 3,
+    "forget spares pending blocks": 2,
+    "a shared beginning is held twice": 3,
+    "pinning again shortens": 17,
+}
+"""Where a search comes upon a rare fault soon. It is only a short cut: the long search finds it too."""
+
+
+def finds(machine: type[KVCacheMachine], max_examples: int, *, derandomize: bool) -> bool:
+    quick = settings(
+        DETERMINISTIC,
+        derandomize=derandomize,
+        max_examples=max_examples,
+        phases=(Phase.generate,),
+        report_multiple_bugs=False,
+    )
+    try:
+        run_state_machine_as_test(machine, settings=quick)
+    except Exception:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_the_machine_finds(fault: str) -> None:
     class Broken(KVCacheMachine):
         module = mutant(*MUTANTS[fault])
 
-    quick = settings(
-        DETERMINISTIC,
-        max_examples=3000,  # the search ends with the first find; the rarest faults need some hundred examples
-        phases=(Phase.generate,),
-        report_multiple_bugs=False,
-    )
-    try:
-        run_state_machine_as_test(Broken, settings=quick)
-    except Exception:
+    @seed(SEEDS.get(fault, 0))
+    class Seeded(Broken):
+        pass
+
+    if fault in SEEDS and finds(Seeded, 100, derandomize=False):
         return
-    pytest.fail(f"this fault survives: {fault}")
+    # It ends with the first find; the rarest faults need some hundred examples.
+    assert finds(Broken, 3000, derandomize=True), f"this fault survives: {fault}"
