@@ -57,6 +57,7 @@ CHANGES: dict[str, list[Any]] = {
     "echo": [True],
     "tools": [(), BASE.tools * 2],
     "cache_salt": ["", "salt"],
+    "exact_kv": [True],
     "extra": [{}, {**BASE.extra, "new": None}, {**BASE.extra, "limits": [2, 1]}],
 }
 SAMPLING_CHANGES: dict[str, list[Any]] = {

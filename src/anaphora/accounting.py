@@ -42,7 +42,7 @@ class Bill:
 
     def keeping(self, request: Request) -> Request:
         """`request` with what is promised of its prompt, for the engine to keep."""
-        return msgspec.structs.replace(request, keep=self.charge.keep) if self.charge.keep else request
+        return msgspec.structs.replace(request, keep=request.keep + self.charge.keep) if self.charge.keep else request
 
     def enter(self, burst: Sequence[Delta]) -> list[Delta]:
         """`burst` with the usage of this bill. With the first piece of an answer what it wrote becomes readable (S4): an engine

@@ -118,8 +118,8 @@ class Gateway:
             self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s))
             await self._learn(request, model, control, completion, recalled)
 
-        # With the mark: who asks after a forget does not get an answer from before it.
-        key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, recalled.mark)
+        # With the mark: who asks after a forget does not get an answer from before it. With what is to be kept: or it is not.
+        key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, request.keep, recalled.mark)
         asking = request if bill is None else bill.keeping(request)
         subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"

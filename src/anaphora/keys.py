@@ -27,13 +27,15 @@ def digest(fields: Iterable[bytes]) -> bytes:
     return h.digest()
 
 
-def kv_namespace(tenant: Tenant, fingerprint: str, salt: str | None = None) -> bytes:
+def kv_namespace(tenant: Tenant, fingerprint: str, salt: str | None = None, *, apart: bool = False) -> bytes:
     """The seed of every chain of block hashes (invariant 2): blocks of two namespaces never meet.
 
     `fingerprint` covers weights, tokenizer, template, dtype and block layout; `salt` is the request's own `cache_salt`.
+    `apart`: for requests that must not meet blocks which were stored with a loss, where an engine has such.
     """
     marker = b"unsalted" if salt is None else b"salted"
-    return digest((b"kv", tenant.encode(), fingerprint.encode(), marker, (salt or "").encode()))
+    fields = (b"kv", tenant.encode(), fingerprint.encode(), marker, (salt or "").encode())
+    return digest((*fields, b"exact") if apart else fields)
 
 
 def block_hashes(namespace: bytes, tokens: Sequence[int], block_size: int) -> list[BlockHash]:
@@ -67,6 +69,8 @@ def request_key(request: Request, *, fingerprint: str) -> Key:
 
     Ids of tool calls are names and no content: they are replaced by their place in the conversation, so that the turn after a
     replayed answer, whose ids were made anew, is still the same question.
+
+    A request that demands exact KV is a question of its own: the answer that is remembered may rest on KV stored with a loss.
     """
     # Sampling and tool choice go in field by field: a struct's encoding drops a default only where it is the very same
     # object, so 0.0 from a JSON body and the default 0.0 would part ways.
@@ -92,7 +96,8 @@ def request_key(request: Request, *, fingerprint: str) -> Key:
             body = _encode_with_plain_numbers(view)
     floats = (s.temperature, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty)
     sampling = _encode([None if x is None else float(x) + 0.0 for x in floats])  # + 0.0 makes -0.0 into 0.0
-    return Key(digest((b"answer", request.tenant.encode(), fingerprint.encode(), body, sampling)))
+    fields = (b"answer", request.tenant.encode(), fingerprint.encode(), body, sampling)
+    return Key(digest((*fields, b"exact") if request.exact_kv else fields))
 
 
 def derived_key(key: Key, name: str, number: int) -> Key:

@@ -152,8 +152,10 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     cache_salt: str | None = None
     """Set by the client: requests with different salts share nothing, in no level."""
     extra: dict[str, Any] = {}
+    exact_kv: bool = False
+    """Nothing of the answer may rest on KV that was stored with a loss. Set by the client, in a header."""
     keep: tuple[Keep, ...] = ()
-    """Set by the gateway where promises are made. No part of the question, so of no key."""
+    """Set by the gateway where promises are made, or by the client's wish to. No part of the question, so of no key."""
 
 
 # -- what is answered --------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anaphora.answer import Recalled
+from anaphora.errors import InvalidRequest
 from anaphora.events import Hit
-from anaphora.server.headers import cache_control, of_answer
-from anaphora.types import CacheControl, Completion, Key, Usage
+from anaphora.server.headers import MAX_KEEP_S, cache_control, of_answer, with_wishes
+from anaphora.types import CacheControl, Completion, Key, Request, Usage
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,21 @@ def test_a_hit_says_its_age_what_is_left_and_what_it_saved() -> None:
 
 def test_an_entry_without_a_limit_says_no_ttl() -> None:
     assert dict(of_answer(recalled(None), 0))[b"cache-status"] == b'anaphora; hit; key="abababababababab"'
+
+
+def test_a_request_may_demand_exact_kv_and_wish_for_its_prompt_to_be_kept() -> None:
+    plain = Request("m", prompts=("p",))
+    assert with_wishes(plain, None, None) is plain
+    assert with_wishes(plain, b"Exact", None).exact_kv
+    (keep,) = with_wishes(plain, None, b"3600").keep
+    assert keep.for_s == 3600.0
+    assert keep.num_tokens > 1 << 32, "the whole prompt, however long"
+
+
+@pytest.mark.parametrize(
+    ("exact", "keep"),
+    [(b"lossy", None), (b"", None), (None, b"1h"), (None, b"0"), (None, b"-5"), (None, b"%d" % (MAX_KEEP_S + 1))],
+)
+def test_a_wish_that_is_not_understood_is_refused(exact: bytes | None, keep: bytes | None) -> None:
+    with pytest.raises(InvalidRequest, match="x-anaphora-kv"):
+        with_wishes(Request("m"), exact, keep)

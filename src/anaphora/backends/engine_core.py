@@ -146,6 +146,8 @@ class EngineCore:
                 max_saving_blocks=plan.num_blocks // 2,
                 readable=readable,
             )
+        self._lossy = store is not None and codec is not None and codec.lossy
+        """Whether blocks may have been through a codec with a loss."""
         self._tiers = SlowerTiers(self._offload, self._cache)
         self._scheduler = Scheduler(
             self.model,
@@ -192,7 +194,9 @@ class EngineCore:
                 param="messages",
                 code="context_length_exceeded",
             )
-        namespace = kv_namespace(request.tenant, self._fingerprint, request.cache_salt)
+        # Blocks that came back from a codec with a loss lie in the pool like any others: only another namespace avoids them.
+        apart = request.exact_kv and self._lossy
+        namespace = kv_namespace(request.tenant, self._fingerprint, request.cache_salt, apart=apart)
         n = request.sampling.n
         generations = [
             Generation(
@@ -221,6 +225,7 @@ class EngineCore:
             emit=emit,
             fail=fail,
             submitted_s=self._clock.monotonic_s(),
+            pool_only=apart,
         )
 
     def count_tokens(self, request: Request) -> int:

@@ -37,7 +37,7 @@ class SlowerTiers:
 
     def holds(self, job: Job, sequence: Generation) -> bool:
         """Whether the sequence should wait for blocks that are being brought back. The first time, starts looking for them."""
-        if self._offload is None or not sequence.hashes:
+        if self._offload is None or job.pool_only or not sequence.hashes:
             return False
         fetch = sequence.fetch
         if fetch is None:
@@ -68,7 +68,7 @@ class SlowerTiers:
     def keep(self, job: Job, sequence: Generation) -> bool:
         """Write what this sequence computed behind. True: its lease is taken over until that is done."""
         new, sequence.new_blocks = sequence.new_blocks, []
-        if self._offload is None or not new or job.forgotten:
+        if self._offload is None or not new or job.forgotten or job.pool_only:
             return False
         assert sequence.lease is not None
         return self._offload.save(Saving(sequence.lease, job.tenant, new))
@@ -80,7 +80,8 @@ class SlowerTiers:
         for number, block_id in enumerate(block_ids, first):
             parent = sequence.hashes[number - 1] if number else sequence.namespace
             tokens = tuple(sequence.tokens[number * block_size : (number + 1) * block_size])
-            sequence.new_blocks.append(NewBlock(block_id, parent, sequence.hashes[number], tokens, cost_s))
+            new = NewBlock(block_id, parent, sequence.hashes[number], tokens, cost_s, number * block_size)
+            sequence.new_blocks.append(new)
 
     def computed(self, start: int, end: int, seconds: float) -> None:
         """A step did nothing but compute the tokens `start .. end - 1` of one prompt."""

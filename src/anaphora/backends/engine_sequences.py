@@ -76,6 +76,7 @@ class Job:
         emit: Callable[[list[Delta]], None],
         fail: Callable[[ServiceError], None],
         submitted_s: float,
+        pool_only: bool = False,
     ) -> None:
         self.id = id
         self.model = model
@@ -92,6 +93,8 @@ class Job:
         self.emit = emit
         self.fail = fail
         self.submitted_s = submitted_s
+        self.pool_only = pool_only
+        """Its blocks are neither written to slower tiers nor sought there."""
         self.num_unfinished = len(generations)
         self.begun = False
         self.forgotten = False

@@ -59,10 +59,10 @@ def register(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from anaphora.lint import Options, lint
 
-    recorded = list(_recorded(args.paths))
+    requests = list(recorded(args.paths))
     options = Options(like=args.like, min_lost=args.min_tokens)
-    report = lint(recorded, options)
-    gain = _fixed(recorded, options, Path(args.fix)) if args.fix else None
+    report = lint(requests, options)
+    gain = _fixed(requests, options, Path(args.fix)) if args.fix else None
     if args.sarif:
         _print_sarif(report)
     elif args.json:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(finding.severity in failing for finding in report.findings) else 0
 
 
-def _recorded(paths: Iterable[str]) -> Iterator[Recorded]:
+def recorded(paths: Iterable[str]) -> Iterator[Recorded]:
     """Every request of every path. ConfigError names the file (and line) that cannot be used."""
     from anaphora.lint import read
 

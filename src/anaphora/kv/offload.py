@@ -9,9 +9,9 @@ The engine's thread owns the pool's index (`cache`) and never waits here. A thre
 
 Finished jobs are handed back by `finished()`; it is the engine's thread that commits and releases.
 
-What is stored says by itself what it is: the parent's hash and the block's tokens, from which its key follows, beside the
-frame of `codecs.frame` with codec, shape, type and checksum. Whatever does not fit is a counted miss (invariant 8), and is
-removed. Blocks encoded with a loss have keys of their own, so an engine that wants exact ones never meets them.
+What is stored (`kv.stored`) says by itself what it is: the parent's hash and the block's tokens, from which its key follows,
+beside the frame of `codecs.frame` with codec, shape, type and checksum. Whatever does not fit is a counted miss (invariant 8),
+and is removed. Blocks encoded with a loss have keys of their own, so an engine that wants exact ones never meets them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from anaphora.codecs import frame
 from anaphora.codecs.base import Codec
 from anaphora.errors import DamagedBlock
 from anaphora.events import Forgotten
-from anaphora.keys import block_hashes, digest
 from anaphora.kv.cache import Lease
 from anaphora.kv.estimates import Estimates
 from anaphora.kv.pool import KVPool
+from anaphora.kv.stored import Header, pack, storage_key, unpack
 from anaphora.store import Store
 from anaphora.tiers.base import TierStats
 from anaphora.types import BlockHash, Key, Scope, Tenant
@@ -46,34 +46,6 @@ log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 16 << 20
 """Of KV in the pool: how much is read or written at once. While one batch is decoded the next is read."""
-_HEADER_LENGTH = 4
-
-
-class Header(msgspec.Struct, frozen=True, array_like=True):
-    """What a stored block says of itself before its frame."""
-
-    parent: bytes
-    """The hash of the block before it; of the first one, its namespace."""
-    tokens: tuple[int, ...]
-
-
-def pack(parent: bytes, tokens: Sequence[int], framed: bytes) -> bytes:
-    header = msgspec.msgpack.encode(Header(parent, tuple(tokens)))
-    return b"".join((len(header).to_bytes(_HEADER_LENGTH, "little"), header, framed))
-
-
-def unpack(value: bytes) -> tuple[Header, memoryview]:
-    """Raises DamagedBlock."""
-    end = _HEADER_LENGTH + int.from_bytes(value[:_HEADER_LENGTH], "little")
-    try:
-        return msgspec.msgpack.decode(value[_HEADER_LENGTH:end], type=Header), memoryview(value)[end:]
-    except msgspec.MsgspecError as error:
-        raise DamagedBlock(f"no header: {error}") from error
-
-
-def storage_key(block_hash: BlockHash, *, lossy: bool) -> Key:
-    """The key of a block in the slower tiers."""
-    return Key(digest((b"lossy", block_hash)) if lossy else block_hash)
 
 
 class Saving:
@@ -93,6 +65,8 @@ class NewBlock(msgspec.Struct, frozen=True):
     hash: BlockHash
     tokens: tuple[int, ...]
     cost_s: float
+    start: int = 0
+    """How many tokens of the prompt stand before it."""
 
 
 class Fetch:
@@ -335,7 +309,10 @@ class Offload:
         content = self._pool.read_blocks([block.id for block in blocks])
         payloads = self._codec.encode(content)
         return [
-            pack(block.parent, block.tokens, frame.pack(self._codec, content[0], payload, bound_to=self._key(block.hash)))
+            pack(
+                Header(block.parent, block.tokens, block.start),
+                frame.pack(self._codec, content[0], payload, bound_to=self._key(block.hash)),
+            )
             for block, payload in zip(blocks, payloads, strict=True)
         ]
 
@@ -455,13 +432,3 @@ class _Batch(msgspec.Struct, frozen=True):
     """Where most of it came from."""
     num_bytes: int
     seconds: float
-
-
-def verified(key: Key, value: bytes, block_size: int) -> tuple[Header, frame.Frame]:
-    """What lies under `key` in a slower tier, if it is the block that the key says. Raises DamagedBlock."""
-    header, framed = unpack(value)
-    content = frame.check(framed, bound_to=key)
-    hashes = block_hashes(header.parent, header.tokens, block_size)
-    if len(hashes) != 1 or storage_key(hashes[0], lossy=content.lossy) != key:
-        raise DamagedBlock("its key does not follow from its tokens")
-    return header, content

@@ -1,16 +1,23 @@
-"""Caching headers: `Cache-Control` of requests (RFC 9111 §5.2.1), `Cache-Status` (RFC 9211) and `Age` of answers. Pure."""
+"""Caching headers: `Cache-Control` (RFC 9111 §5.2.1) and `X-Anaphora-KV` of requests, `Cache-Status` (RFC 9211) and `Age` of
+answers. Pure."""
 
 from __future__ import annotations
 
 import re
 
+import msgspec
+
 from anaphora.answer import Answer, Recalled
+from anaphora.errors import InvalidRequest
 from anaphora.events import MissReason
-from anaphora.types import CacheControl
+from anaphora.types import CacheControl, Keep, Request
 
 RawHeaders = list[tuple[bytes, bytes]]
 
 NO_DIRECTIVES = CacheControl()
+MAX_KEEP_S = 86_400
+_WHOLE_PROMPT = 1 << 40
+"""Tokens: more than any prompt has."""
 
 _DIRECTIVE = re.compile(r"""\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,]*))?\s*(?:,|$)|[^,]*(?:,|$)""")
 
@@ -53,6 +60,19 @@ def cache_control(value: bytes | None) -> CacheControl:
 def _seconds(argument: str) -> float:
     digits = argument.strip('"')
     return float(digits[:10]) if digits.isascii() and digits.isdigit() else 0.0
+
+
+def with_wishes(request: Request, exact: bytes | None, keep: bytes | None) -> Request:
+    """`request` with what `x-anaphora-kv` and `x-anaphora-kv-keep` ask of its KV. Raises InvalidRequest."""
+    if exact is not None:
+        if exact.strip().lower() != b"exact":
+            raise InvalidRequest("The header x-anaphora-kv takes only the value exact.")
+        request = msgspec.structs.replace(request, exact_kv=True)
+    if keep is not None:
+        if not keep.isdigit() or not 0 < int(keep[:10]) <= MAX_KEEP_S:
+            raise InvalidRequest(f"The header x-anaphora-kv-keep takes whole seconds from 1 to {MAX_KEEP_S}.")
+        request = msgspec.structs.replace(request, keep=(Keep(_WHOLE_PROMPT, float(int(keep))),))
+    return request
 
 
 def of_answer(answer: Answer, kv_reused_tokens: int) -> RawHeaders:

@@ -78,10 +78,11 @@ class Answers(Endpoint):
     async def _answer(self, call: Call, body: bytes, answer_id: str, trail: Trail) -> None:
         parse = self._parse_again if len(body) <= _SHORT_BODY else self._parse
         parsed = parse(body, call.tenant, call.version)
-        trail.model = parsed.request.model
+        request = headers.with_wishes(parsed.request, call.head.get(b"x-anaphora-kv"), call.head.get(b"x-anaphora-kv-keep"))
+        trail.model = request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
         asked = Asked(lambda: parsed.prompt, answer_id, call.workspace)
-        answer = await self.api.gateway.complete(parsed.request, control, asked)
+        answer = await self.api.gateway.complete(request, control, asked)
         if isinstance(answer, Recalled):
             trail.recalled(answer)
             await self._recalled(call, parsed, answer)

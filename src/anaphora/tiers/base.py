@@ -62,6 +62,15 @@ class TierStats(msgspec.Struct, frozen=True):
     num_damaged: int = 0
 
 
+class Examined(msgspec.Struct, frozen=True):
+    """What lies under a key, as somebody sees it who only looks."""
+
+    entry: Entry | None
+    """None: it is damaged."""
+    size: int
+    """As it counts against the capacity, of the whole value."""
+
+
 class Tier(Protocol):
     """A medium with a capacity.
 
@@ -144,5 +153,18 @@ class RemoteTier(Protocol):
         """What was erased after the number `since` (0: ever), and the number to ask with the next time.
 
         Everything, if that is not known any more.
+        """
+        ...
+
+
+@runtime_checkable
+class ExaminableTier(Protocol):
+    """What a tier offers besides when it can be looked into without a trace."""
+
+    async def examine(self, keys: Collection[Key], *, num_bytes: int | None = None) -> dict[Key, Examined]:
+        """What lies under those of `keys` that are there. Nothing is used by it, removed or counted.
+
+        With `num_bytes` values are cut to their first so many bytes, and not checked: damage is then found only in what
+        stands beside them.
         """
         ...

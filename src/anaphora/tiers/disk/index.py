@@ -31,7 +31,7 @@ import msgspec
 
 from anaphora.clock import Clock
 from anaphora.errors import TierFailed
-from anaphora.tiers.base import Entry
+from anaphora.tiers.base import Entry, Examined
 from anaphora.tiers.disk.epoch import SharedEpoch
 from anaphora.types import Key, Scope, Tenant
 
@@ -114,6 +114,10 @@ class DiskIndex:
             return found
 
         return self._run(work)
+
+    def examine(self, keys: Collection[Key], num_bytes: int | None) -> dict[Key, Examined]:
+        """As `ExaminableTier` says."""
+        return self._run(lambda db: self._examine(db, list(keys), num_bytes))
 
     def totals(self) -> tuple[int, int]:
         """(number of entries, used bytes)"""
@@ -452,16 +456,33 @@ class DiskIndex:
                 entries[key] = entry
         return Found(entries, tuple(damaged))
 
+    def _examine(self, db: sqlite3.Connection, keys: list[Key], num_bytes: int | None) -> dict[Key, Examined]:
+        found: dict[Key, Examined] = {}
+        value = "value" if num_bytes is None else f"substr(value, 1, {num_bytes:d})"
+        for some in _in_queries(keys):
+            marks = ",".join("?" * len(some))
+            sql = f"SELECT {_COLUMNS.removesuffix('value')}{value}, size FROM entries WHERE key IN ({marks})"
+            for *row, size in db.execute(sql, some).fetchall():
+                try:
+                    entry = self._entry(row, num_bytes)
+                except FileNotFoundError:
+                    if not db.execute("SELECT 1 FROM entries WHERE id = ?", (row[0],)).fetchall():
+                        continue  # evicted since it was selected
+                    entry = None
+                found[Key(row[1])] = Examined(entry, size if isinstance(size, int) else 0)
+        return found
+
     def _rows(self, db: sqlite3.Connection, keys: list[Key]) -> Iterator[tuple[int, bytes, str | None]]:
         for some in _in_queries(keys):
             marks = ",".join("?" * len(some))
             yield from db.execute(f"SELECT {_COLUMNS} FROM entries WHERE key IN ({marks})", some).fetchall()
 
-    def _entry(self, row: Sequence[object]) -> Entry | None:
-        """The entry of a row, None if it is damaged. FileNotFoundError if its file is gone."""
+    def _entry(self, row: Sequence[object], num_bytes: int | None = None) -> Entry | None:
+        """The entry of a row, None if it is damaged. FileNotFoundError if its file is gone. With `num_bytes`: of a value's
+        beginning alone, which has no checksum."""
         try:
             fields = msgspec.convert(row, _Row)
-            value = fields.value if fields.file is None else (self._values / fields.file).read_bytes()
+            value = fields.value if fields.file is None else self._read_file(fields.file, num_bytes)
             if value is None:
                 return None
             entry = Entry(
@@ -475,7 +496,11 @@ class DiskIndex:
             )
         except (msgspec.MsgspecError, ValueError):
             return None
-        return entry if _checksum(fields.key, entry) == fields.checksum else None
+        return entry if num_bytes is not None or _checksum(fields.key, entry) == fields.checksum else None
+
+    def _read_file(self, name: str, num_bytes: int | None) -> bytes:
+        with (self._values / name).open("rb") as file:
+            return file.read() if num_bytes is None else file.read(num_bytes)
 
 
 class _Row(msgspec.Struct, array_like=True):

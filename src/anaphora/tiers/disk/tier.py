@@ -15,7 +15,7 @@ import msgspec
 from anaphora.clock import Clock
 from anaphora.errors import TierFailed
 from anaphora.events import Damaged, Emit, Evicted, ignore
-from anaphora.tiers.base import EVERYTHING, Entry, TierStats
+from anaphora.tiers.base import EVERYTHING, Entry, Examined, TierStats
 from anaphora.tiers.disk.index import DiskIndex, Found
 from anaphora.types import Key, Scope
 
@@ -92,6 +92,9 @@ class DiskTier:
 
     async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
         return await self._read(lambda: self._reader.sizes(keys))
+
+    async def examine(self, keys: Collection[Key], *, num_bytes: int | None = None) -> dict[Key, Examined]:
+        return await self._read(lambda: self._reader.examine(keys, num_bytes))
 
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
         stored: set[Key] = set()
