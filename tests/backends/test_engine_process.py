@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from anaphora.backends import engine_child
 from anaphora.backends.base import Backend
 from anaphora.backends.engine import Engine, EngineClient, EngineOptions, EngineSupervisor
 from anaphora.backends.engine_ipc import Status
@@ -320,7 +321,12 @@ async def refusal(options: EngineOptions) -> str:
 def test_a_configuration_that_cannot_work_is_refused_with_the_reason(
     options: EngineOptions, change: dict[str, Any], reason: str
 ) -> None:
-    assert reason in asyncio.run(refusal(msgspec.structs.replace(options, **change)))
+    with pytest.raises(ConfigError, match=reason):
+        engine_child._load(msgspec.structs.replace(options, **change), lambda stage: None)
+
+
+def test_the_reason_of_a_refusal_reaches_those_who_wait_for_the_engine(options: EngineOptions) -> None:
+    assert "too small" in asyncio.run(refusal(msgspec.structs.replace(options, kv_memory=1000)))
 
 
 def test_without_its_packages_the_engine_says_what_to_install(
