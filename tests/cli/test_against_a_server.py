@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -104,3 +105,21 @@ def test_stats_are_a_table_or_json(url: str, capsys: pytest.CaptureFixture[str])
     figures = json.loads(capsys.readouterr().out)
     assert figures["tenant"] == "local"
     assert "answers.num_requests" in table
+
+
+def test_prompts_of_a_file_are_warmed_and_refusals_are_named(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    turn = [{"role": "user", "content": "warm me"}]
+    bad = [{"role": "nobody", "content": "x"}]
+    lines = [{"model": "echo", "messages": turn}, {"model": "claude-x", "max_tokens": 5, "messages": turn}]
+    file.write_text("\n".join(json.dumps(line) for line in [*lines, {"model": "echo", "messages": bad}]))
+    assert main(["kv", "warm", str(file), "--model", "echo", "--url", url, "--json"]) == 1
+    said = capsys.readouterr()
+    shown = json.loads(said.out)
+    assert (shown["requests"], shown["refused"]) == (2, 1)
+    assert shown["computed_tokens"] > 0
+    assert f"{file}:3: the server answered 400" in said.err
+    assert main(["kv", "pin", str(file), "--for", "45m", "--model", "echo", "--url", url]) == 1
+    assert "2 prompts" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from anaphora.cli.kv_places import (
     add_tier_flag,
     all_places,
     configured,
+    counted,
     described,
     disk,
     folder,
@@ -159,7 +160,8 @@ def run_verify(args: argparse.Namespace) -> int:
         for damage in checked.damaged:
             print(f"{damage.key.hex()[:12]}: {damage.reason}")
         orphans = f", {checked.num_orphans:,} of them without what they stand on" if checked.num_orphans else ""
-        print(f"{checked.num_blocks:,} sound blocks ({_size(checked.num_bytes)}){orphans}; {len(checked.damaged):,} damaged")
+        sound = f"{counted(checked.num_blocks, 'sound block')} ({_size(checked.num_bytes)})"
+        print(f"{sound}{orphans}; {len(checked.damaged):,} damaged")
         if args.repair and checked.damaged:
             print(f"{removed:,} removed")
         elif checked.damaged:
@@ -211,7 +213,7 @@ def _drop_prefix(args: argparse.Namespace, config: Config) -> int:
 
     blocks = run(find())
     tokens = sum(block.num_tokens for block in blocks)
-    if not _agreed(args, f"Remove {len(blocks):,} KV blocks ({tokens:,} tokens) from {described(config)}?"):
+    if not _agreed(args, f"Remove {counted(len(blocks), 'KV block')} ({tokens:,} tokens) from {described(config)}?"):
         return 1
     return _print_receipt(args, *run(work(blocks)))
 
@@ -237,7 +239,7 @@ def run_export(args: argparse.Namespace) -> int:
         chain, size = run(work())
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from error
-    print(f"{file}: {chain[-1].end:,} tokens in {len(chain):,} blocks, {_size(size)}")
+    print(f"{file}: {chain[-1].end:,} tokens in {counted(len(chain), 'block')}, {_size(size)}")
     return 0
 
 
@@ -269,7 +271,7 @@ def run_import(args: argparse.Namespace) -> int:
         raise DamagedBlock(f"{file} is not used: {error}") from error
     known = f", {brought.num_known:,} were there already" if brought.num_known else ""
     what = f"{manifest.num_tokens:,} tokens of {manifest.model} for tenant {manifest.tenant}"
-    print(f"{what}: {brought.num_new:,} new blocks{known}")
+    print(f"{what}: {counted(brought.num_new, 'new block')}{known}")
     return 0
 
 
@@ -307,7 +309,7 @@ def _print_receipt(
         print(json.dumps({"removed": dict(removed), "remaining": dict(remaining), "failed": list(failed)}, indent=2))
     else:
         for tier in removed:
-            print(f"{tier}: {removed[tier]:,} blocks removed; a sweep afterwards found {remaining.get(tier, 0):,}")
+            print(f"{tier}: {counted(removed[tier], 'block')} removed; a sweep afterwards found {remaining.get(tier, 0):,}")
         for tier in failed:
             print(f"{tier}: could not be asked, and may still have them: try again when it can be reached")
     return 1 if failed or any(remaining.values()) else 0
@@ -353,16 +355,13 @@ def _print_prefixes(prefixes: Sequence[Prefix]) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "right" if column.header in right else "left"
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True, markup=False, highlight=False).print(table)
+    """As wide as it must be: an id that was cut to fit a terminal would be of no use."""
+    lines = [columns, *rows]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
+    for line in lines:
+        cells = zip(columns, line, widths, strict=True)
+        aligned = (text.rjust(width) if column in right else text.ljust(width) for column, text, width in cells)
+        print("  ".join(aligned).rstrip())
 
 
 def _size(num_bytes: int) -> str:

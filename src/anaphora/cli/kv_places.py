@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -43,7 +42,6 @@ def configured(args: argparse.Namespace) -> Config:
     loaded = load(args.config, {"cache.dir": args.cache_dir} if args.cache_dir else {})
     for warning in loaded.warnings:
         print(f"anaphora: warning: {warning}", file=sys.stderr)
-    logging.basicConfig(format="anaphora: %(levelname)s: %(message)s", level=logging.WARNING)
     return loaded.config
 
 
@@ -114,6 +112,10 @@ def run(work: Coroutine[object, object, T]) -> T:
     import asyncio
 
     return asyncio.run(work)
+
+
+def counted(num: int, noun: str) -> str:
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from anaphora.cli.kv_places import progress
+from anaphora.cli.kv_places import counted, progress
 from anaphora.cli.parsing import Commands, add_command, add_json_flag, add_server_flags
 from anaphora.errors import ConfigError
 
@@ -68,7 +68,7 @@ def run_pin(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, headers: Mapping[str, str]) -> int:
-    """Status 1 where the server refused one of the requests."""
+    """Status 1 where the server refused one of the requests, or not all pins hold."""
     from anaphora.cli.connection import connect
     from anaphora.cli.lint import recorded
 
@@ -89,14 +89,14 @@ def _run(args: argparse.Namespace, headers: Mapping[str, str]) -> int:
     if args.json:
         print(json.dumps({**totals, **pins}, indent=2))
     else:
-        print(
-            f"{totals['requests']:,} prompts: {totals['computed_tokens']:,} tokens computed, {totals['reused_tokens']:,} reused"
-        )
+        tokens = f"{totals['computed_tokens']:,} tokens computed, {totals['reused_tokens']:,} reused"
+        refused = f"; {totals['refused']:,} refused" if totals["refused"] else ""
+        print(f"{counted(totals['requests'], 'prompt')}: {tokens}{refused}")
         if after:
-            print(f"the engine holds {pins['pins']:,} pins on {pins['pinned_blocks']:,} blocks")
-        if pins.get("pins_dropped"):
-            print(f"{pins['pins_dropped']:,} pins were dropped: the quota (engine.pin_quota) is full")
-    return 1 if totals["refused"] else 0
+            print(f"the engine holds {counted(pins['pins'], 'pin')} on {counted(pins['pinned_blocks'], 'block')}")
+        if dropped := pins.get("pins_dropped"):
+            print(f"{counted(dropped, 'pin')} dropped: more of the engine's memory than engine.pin_quota allows")
+    return 1 if totals["refused"] or pins.get("pins_dropped") else 0
 
 
 def _warm(client: httpx2.Client, one: Recorded, model: str | None, headers: Mapping[str, str], totals: dict[str, int]) -> None:
