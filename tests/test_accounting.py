@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from anaphora.answer import Live
 from anaphora.backends import echo_lengths
 from anaphora.backends.base import Measuring
 from anaphora.backends.echo import EchoBackend, Gate, Options, fail_at
+from anaphora.build import build
 from anaphora.catalogue import Catalogue
 from anaphora.clock import ManualClock
-from anaphora.errors import BackendFailed, InvalidRequest
+from anaphora.config import CacheConfig, Config, EngineConfig
+from anaphora.errors import BackendFailed, ConfigError, InvalidRequest
 from anaphora.forgets import Forgets
 from anaphora.gateway import Gateway
 from anaphora.memory import Memory
@@ -189,6 +192,32 @@ def test_a_field_that_the_model_does_not_have_is_refused_before_anything_is_comp
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("profile", "problem"),
+    [
+        ("mistral-large", "engine.profile: no caching profile"),
+        ("gpt5.6-sol", "Did you mean 'gpt-5.6-sol'?"),
+        (("claude-opus-5", "claude-haiku-4-5"), "these are of the same: claude-opus-5, claude-haiku-4-5"),
+    ],
+)
+def test_a_profile_that_nobody_knows_is_an_error_in_the_configuration(profile: str | tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        build(Config(engine=EngineConfig(kind="echo", profile=profile), cache=CacheConfig(enabled=False)))
+
+
+@pytest.mark.parametrize(("profile", "written"), [("", 600), ("claude-opus-5-5", 600), (("claude-haiku-4-5", "gpt-4.1"), 0)])
+def test_a_local_model_behaves_as_the_profile_says(profile: str | tuple[str, ...], written: int) -> None:
+    async def test() -> None:
+        gateway = build(Config(engine=EngineConfig(kind="echo", profile=profile), cache=CacheConfig(enabled=False)))
+        raw = {**msgspec.json.decode(body(600)), "model": "echo"}
+        parsed = WIRE.parse(msgspec.json.encode(raw), tenant=Tenant("alice"))
+        answer = await gateway.complete(parsed.request, asked=Asked(lambda: parsed.prompt, "msg_1"))
+        assert isinstance(answer, Live)
+        assert (await usage(answer)).cache_creation_input_tokens == written
+
+    run(test)
+
+
 # -- the emulator's count ----------------------------------------------------------------------------------------------
 
 
@@ -208,7 +237,7 @@ def test_a_token_is_a_short_piece_with_the_space_before_it(text: str, count: int
 
 def measured(*contents: object) -> tuple[tuple[int, ...], int]:
     blocks = tuple(Block("messages", "text", msgspec.json.encode(content), "m", "user") for content in contents)
-    found = echo_lengths.lengths(Prompt(dialect="anthropic", model="m", blocks=blocks))
+    found = echo_lengths.Counter().lengths(Prompt(dialect="anthropic", model="m", blocks=blocks))
     return found.ends, found.total
 
 
@@ -227,7 +256,7 @@ def test_the_same_words_in_another_role_are_another_prompt() -> None:
         Prompt(dialect="openai", model="m", blocks=(Block("messages", "text", content, "m", role),))
         for role in ("user", "system")
     ]
-    one, two = (echo_lengths.lengths(prompt).steps for prompt in prompts)
+    one, two = (echo_lengths.Counter().lengths(prompt).steps for prompt in prompts)
     assert len(one) == len(two) == 2
     assert set(one).isdisjoint(two)
 

@@ -25,6 +25,7 @@ CORNERS = {
     "xxhash": ("anaphora.codecs.frame", "anaphora.tiers.valkey.framing"),
     "numba": ("anaphora.backends.engine_*",),
     "transformers": ("anaphora.backends.engine_*",),
+    "tokenizers": ("anaphora.backends.engine_*", "anaphora.backends.echo_lengths"),
     "accelerate": ("anaphora.backends.engine_*",),
     "gguf": ("anaphora.backends.engine_*",),
     "safetensors": ("anaphora.backends.engine_*", "anaphora.kv.*"),

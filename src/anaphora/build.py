@@ -94,7 +94,8 @@ def engine_options(config: Config) -> EngineOptions:
 def _backend(config: Config, say: Say | None, on_status: OnStatus | None, address: str | None) -> Backend:
     kind = BACKENDS.load(config.engine.kind)
     if config.engine.kind == "echo":
-        return cast(Backend, kind(Options(model=config.engine.served_name or "echo", emulates=True)))
+        options = Options(model=config.engine.served_name or "echo", emulates=True, tokenizer=_tokenizer(config))
+        return cast(Backend, kind(options))
     if config.engine.kind == "transformers":
         from anaphora.backends.engine import EngineClient
 
@@ -102,6 +103,23 @@ def _backend(config: Config, say: Say | None, on_status: OnStatus | None, addres
             return EngineClient(address, on_status=on_status)
         return cast(Backend, kind(engine_options(config), on_status=on_status, on_log=say))
     return cast(Backend, kind(config.engine))  # of a third party
+
+
+def _tokenizer(config: Config) -> str:
+    """The file that `engine.tokenizer` means; of a model that has to be converted first, it is."""
+    name = config.engine.tokenizer
+    path = Path(name).expanduser()
+    if not name:
+        return ""
+    if path.is_file() and path.suffix == ".json":
+        return str(path)
+    if not (path / "tokenizer.json").is_file():
+        try:
+            from anaphora.backends.engine_model import materialise, resolve
+        except ImportError as error:
+            raise ConfigError(f"engine.tokenizer: {name} needs a package that is not installed ({error})") from error
+        path = materialise(resolve(name), _folder(config.cache) / "models", lambda stage: None)
+    return str(path / "tokenizer.json")
 
 
 def _accounting(engine: EngineConfig, backend: Backend, clock: Clock, emit: Emit) -> Accounting | None:

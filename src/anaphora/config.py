@@ -101,6 +101,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of the KV blocks that prompt caching may keep from being evicted for one tenant."""
     profile: str | tuple[Name, ...] = ()
     """Account for prompt caching like this model of a provider, or one for each dialect. Empty: by the model's own name."""
+    tokenizer: str = ""
+    """With the echo engine: whose tokens are counted, a model as in `model`, or a `tokenizer.json`. Empty: an estimate."""
     niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
     """Scheduling priority the engine process gives up, so that the gateway answers while tokens are computed."""
 

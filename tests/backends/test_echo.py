@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from anaphora.backends import echo_lengths
 from anaphora.backends.echo import EchoBackend, Options, fail_at
-from anaphora.errors import BackendFailed, ContextTooLong
+from anaphora.errors import BackendFailed, ConfigError, ContextTooLong
 from anaphora.transcript import Collector
-from anaphora.types import Completion, Delta, Message, Request, Sampling, TextPart, Tool, ToolChoice, ToolUsePart
+from anaphora.types import (
+    LOCAL_TENANT,
+    Completion,
+    Delta,
+    Message,
+    Request,
+    Sampling,
+    TextPart,
+    Tool,
+    ToolChoice,
+    ToolUsePart,
+)
+from anaphora.wire.openai_chat import OpenAIChat
 
 
 def ask(text: str, **fields: object) -> Request:
@@ -101,3 +116,25 @@ def test_a_whole_answer_is_said_at_once_and_is_the_same() -> None:
         assert len(asyncio.run(deltas(whole))) < len(asyncio.run(deltas(streamed)))
         one, other = answer(whole), answer(streamed)
         assert (one.choices, one.usage) == (other.choices, other.usage)
+
+
+def test_prompts_are_counted_with_a_models_own_tokenizer_if_there_is_one(tiny_llama: Path) -> None:
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    backend = EchoBackend(Options(tokenizer=str(tiny_llama / "tokenizer.json")))
+    for text in ("nobody knows what is cached", "the lazy dog, internationally " * 40):
+        num_tokens = len(tokenizer.encode(text).ids)
+        assert num_tokens != len(echo_lengths.tokens(text))
+        body = {"model": "echo", "messages": [{"role": "user", "content": text}]}
+        parsed = OpenAIChat().parse(msgspec.json.encode(body), tenant=LOCAL_TENANT)
+        lengths = asyncio.run(backend.measure(parsed.request, parsed.prompt))
+        assert lengths is not None
+        assert (lengths.ends, lengths.total, len(lengths.steps)) == ((num_tokens,), num_tokens, num_tokens // 128)
+        assert asyncio.run(backend.count_tokens(parsed.request)) == num_tokens
+
+
+def test_a_tokenizer_that_cannot_be_read_is_an_error_in_the_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"engine\.tokenizer: .*tokenizer\.json cannot be read"):
+        EchoBackend(Options(tokenizer=str(file)))

@@ -31,8 +31,6 @@ M5: dict[str, Any] = {"cache_control": {"type": "ephemeral"}}
 H1: dict[str, Any] = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 MARK: dict[str, Any] = {"prompt_cache_breakpoint": {"mode": "explicit"}}
 
-_KEYS = itertools.count()
-
 
 def words(count: int, word: str = "word") -> str:
     """A text of exactly so many tokens of the emulator."""
@@ -56,6 +54,11 @@ class Site:
 
     def __init__(self, url: str, ruler: Ruler, *, emulates: bool) -> None:
         self.url, self.ruler, self.emulates = url, ruler, emulates
+        self._num_keys = itertools.count()
+
+    def key(self) -> str:
+        """Of somebody who has promised nothing yet."""
+        return f"key-{next(self._num_keys)}"
 
     def wait(self, seconds: float) -> None:
         if self.emulates:
@@ -65,7 +68,7 @@ class Site:
 
 
 MODELS = ["claude-opus-5", "claude-opus-5-5", "claude-haiku-5-5", "gpt-4.1", "gpt-5.6-sol"]
-NUM_WORKSPACES = 64
+NUM_WORKSPACES = 99
 REAL = f"""
 [engine]
 aliases = {MODELS}
@@ -114,7 +117,7 @@ class Claude:
 
     def __init__(self, site: Site) -> None:
         self.site, self.ruler = site, site.ruler
-        self.sdk = anthropic.Anthropic(base_url=site.url, api_key=f"key-{next(_KEYS)}", max_retries=0)
+        self.sdk = anthropic.Anthropic(base_url=site.url, api_key=site.key(), max_retries=0)
 
     def wait(self, seconds: float) -> None:
         self.site.wait(seconds)
@@ -156,7 +159,7 @@ class GPT:
         """`to_the_end`: all tokens of a prompt count, with what a template puts behind the last message."""
         self.site, self.model, self.to_the_end = site, model, to_the_end
         self.tail = 0 if to_the_end else site.ruler.tail
-        self.sdk = openai.OpenAI(base_url=f"{site.url}/v1", api_key=f"key-{next(_KEYS)}", max_retries=0)
+        self.sdk = openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key(), max_retries=0)
 
     def wait(self, seconds: float) -> None:
         self.site.wait(seconds)

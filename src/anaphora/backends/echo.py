@@ -55,6 +55,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prompt tokens plus `max_tokens` beyond this are a ContextTooLong."""
     emulates: bool = False
     """It also answers as any model that a caching profile is known for, with `EMULATED_INPUT_TOKENS` of context."""
+    tokenizer: str = ""
+    """A `tokenizer.json` to count with. Empty: the rule of `echo_lengths`."""
 
 
 class EchoBackend:
@@ -71,6 +73,8 @@ class EchoBackend:
         """Runs that are over, however it came to that. `runs - closed` are under way."""
         self._clock = clock or SystemClock()
         self._started = False
+        tokenizer = self.options.tokenizer
+        self._counter = echo_lengths.Counter(echo_lengths.of_model(tokenizer) if tokenizer else None)
         self.takes_provider_blocks = self.options.emulates
         own = ModelInfo(self.options.model, max_input_tokens=self.options.max_input_tokens, fingerprint="echo-1")
         names = [profile.name for profile in known()] if self.options.emulates else []
@@ -91,7 +95,7 @@ class EchoBackend:
 
     async def run(self, request: Request) -> AsyncIterator[Delta]:
         started_s = self._clock.monotonic_s()
-        prompt_tokens = _prompt_tokens(request)
+        prompt_tokens = self._prompt_tokens(request)
         context = self.options.max_input_tokens
         if request.model != self.options.model and self.model(request.model) is not None:
             context = EMULATED_INPUT_TOKENS
@@ -113,10 +117,14 @@ class EchoBackend:
             self.closed += 1
 
     async def count_tokens(self, request: Request) -> int:
-        return _prompt_tokens(request)
+        return self._prompt_tokens(request)
 
     async def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
-        return echo_lengths.lengths(prompt)
+        return self._counter.lengths(prompt)
+
+    def _prompt_tokens(self, request: Request) -> int:
+        texts = [_text(message) for message in request.messages] + [_raw(prompt) for prompt in request.prompts]
+        return max(1, sum(map(self._counter.num_tokens, texts)))
 
     async def forget(self, scope: Scope) -> int:
         return 0
@@ -162,11 +170,6 @@ def _text(message: Message) -> str:
 
 def _raw(prompt: str | tuple[int, ...]) -> str:
     return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-
-
-def _prompt_tokens(request: Request) -> int:
-    texts = [_text(message) for message in request.messages] + [_raw(prompt) for prompt in request.prompts]
-    return max(1, sum(map(echo_lengths.num_tokens, texts)))
 
 
 def _questions(request: Request) -> list[str]:
