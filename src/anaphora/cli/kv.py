@@ -133,9 +133,9 @@ def run_ls(args: argparse.Namespace) -> int:
     else:
         _print_groups(inventory.groups())
     if inventory.orphans:
-        print(f"{len(inventory.orphans):,} blocks have lost what they stand on: of no use until it is computed again")
+        print(f"{counted(len(inventory.orphans), 'block')} without what they stand on: of no use until that is computed again")
     if inventory.unreadable:
-        print(f"{len(inventory.unreadable):,} entries are damaged, or no KV blocks: see `anaphora kv verify`")
+        print(f"damaged, or no KV blocks: {len(inventory.unreadable):,} entries; see `anaphora kv verify`")
     return 0
 
 
