@@ -373,7 +373,7 @@ class _Marks:
         return head + mark + text[len(head) :]
 
     def removed(self, text: str) -> str:
-        return text.translate(dict.fromkeys(map(ord, self._parts)))
+        return _PRIVATE.sub(lambda found: "" if found[0] in self._parts else found[0], text)
 
     def places(self, text: str, signs: _Signs) -> dict[int, Place]:
         bare = signs.without(self.removed(text))
