@@ -25,7 +25,7 @@ from anaphora.gateway import Gateway
 from anaphora.memory import Memory
 from anaphora.promises import Books
 from anaphora.prompt import Block, Prompt
-from anaphora.types import Begin, Delta, Request, Scope, Tenant, Usage
+from anaphora.types import Begin, Delta, Keep, Request, Scope, Tenant, Usage
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.openai_chat import OpenAIChat
 
@@ -90,6 +90,22 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 def written(tokens: int) -> Usage:
     return Usage(50, 2, 0, tokens, {"5m": tokens} if tokens else {})
+
+
+def test_what_a_client_wants_kept_is_kept_beside_what_is_promised() -> None:
+    async def test() -> None:
+        bench = Bench()
+        parsed = WIRE.parse(body(), tenant=Tenant("alice"))
+        wish = Keep(1 << 40, 60.0)
+        request = msgspec.structs.replace(parsed.request, keep=(wish,))
+        answer = await bench.gateway.complete(request, asked=Asked(lambda: parsed.prompt, "msg_1"))
+        assert isinstance(answer, Live)
+        assert answer.bill is not None
+        assert answer.bill.charge.keep
+        assert answer.bill.keeping(request).keep == (wish, *answer.bill.charge.keep)
+        await usage(answer)
+
+    run(test)
 
 
 def test_the_answers_usage_is_that_of_the_rules() -> None:

@@ -26,7 +26,7 @@ from anaphora.store import Mark, Store
 from anaphora.tiers.base import Tier, TierStats
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
-from anaphora.types import CacheControl, Completion, Key, Message, ModelInfo, Request, Sampling, Scope, Tenant, TextPart
+from anaphora.types import CacheControl, Completion, Keep, Key, Message, ModelInfo, Request, Sampling, Scope, Tenant, TextPart
 
 
 class Bench:
@@ -208,6 +208,19 @@ def test_a_failure_reaches_every_client_and_nothing_is_learned() -> None:
         await bench.settled()
         assert bench.of(Stored) == []
         assert {outcome for _, outcome in bench.answered()} == {"failed"}
+
+    run(body)
+
+
+def test_who_demands_exact_kv_or_wants_it_kept_joins_nobody_who_does_not() -> None:
+    async def body() -> None:
+        bench = Bench()
+        requests = [ask(), ask(exact_kv=True), ask(keep=(Keep(1 << 40, 60.0),)), ask(exact_kv=True)]
+        answers = [await bench.gateway.complete(request) for request in requests]
+        assert [answer.source for answer in answers] == ["miss", "miss", "miss", "collapsed"]
+        await asyncio.gather(*map(whole, answers))
+        await bench.settled()
+        assert isinstance(await bench.gateway.complete(ask(keep=(Keep(1 << 40, 60.0),))), Recalled), "the question is the same"
 
     run(body)
 

@@ -274,6 +274,34 @@ def test_a_strange_id_and_an_empty_folder_are_told(kv: Kv, folder: Path, tmp_pat
     assert "cache.shared" in capsys.readouterr().err
 
 
+def test_a_shared_server_is_looked_into_checked_and_emptied_too(
+    kv: Kv, folder: Path, valkey: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from anaphora.tiers.valkey import ValkeyOptions, ValkeyTier
+
+    async def fill() -> None:
+        disk = DiskTier(DiskOptions(str(folder / "kv")), clock=SystemClock())
+        shared = ValkeyTier(ValkeyOptions(valkey, prefix="anaphora:kv:"), clock=SystemClock())
+        entries = await disk.get_many(await disk.keys())
+        one, other = sorted(entries)[:2]
+        await shared.put_many({**entries, one: entries[other]})
+        await disk.aclose()
+        await shared.aclose()
+
+    asyncio.run(fill())
+    monkeypatch.setenv("ANAPHORA_SHARED", valkey)
+    _, shown = kv("ls", "--tier", "shared")
+    assert (sum(group["num_blocks"] for group in shown["groups"]), len(shown["unreadable"])) == (28, 1)
+    status, checked = kv("verify", "--tier", "shared")
+    assert (status, checked["num_blocks"], len(checked["damaged"])) == (1, 28, 1)
+    longest = kv("ls", "--prefixes")[1]["prefixes"][0]
+    assert kv("drop", "--prefix", longest["id"], "--yes")[1]["remaining"] == {"disk": 0, "valkey": 0}
+    status, receipt = kv("drop", "--all", "--yes")
+    assert (status, receipt["remaining"]) == (0, {"disk": 0, "valkey": 0})
+    assert receipt["removed"]["valkey"] >= 23
+    assert kv("ls", "--tier", "shared")[1]["groups"] == []
+
+
 # -- from one machine to another ---------------------------------------------------------------------------------------
 
 
@@ -367,7 +395,9 @@ def test_a_request_that_demands_exact_kv_never_meets_lossy_blocks(make_driver: M
         assert (reused(first), reused(again)) == (0, len(PROMPTS[0])), "its own blocks, and those in memory only"
         assert first.tokens == again.tokens == plain.ask(raw(PROMPTS[0])).tokens
         assert driver.core.stats()["kv_offload_blocks_saved"] == num_saved
-    assert all(block.lossy for block in inventory(tmp_path).blocks.values())
+    stored = inventory(tmp_path)
+    assert all(block.lossy for block in stored.blocks.values())
+    assert [(prefix.num_tokens, prefix.codec, prefix.complete) for prefix in stored.prefixes()] == [(240, "int8", True)]
 
 
 def test_where_no_codec_has_a_loss_demanding_exact_kv_changes_nothing(make_driver: MakeDriver, folder: Path) -> None:
