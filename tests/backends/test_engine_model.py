@@ -189,8 +189,9 @@ def test_the_real_model_says_what_transformers_says(real: Driver, cold: list[Ask
 
 
 def test_the_real_model_answers_warm_as_cold(real: Driver, cold: list[Asked]) -> None:
-    known = [real.ask(chat(prompt, NEW_TOKENS)) for prompt in PROMPTS[:40]]
-    assert_same(known, cold)
+    latest = PROMPTS[-20:]
+    known = [real.ask(chat(prompt, NEW_TOKENS)) for prompt in latest]
+    assert [asked.tokens for asked in known] == [asked.tokens for asked in cold[-20:]]
     assert all(asked.usage.kv_reused_tokens == asked.usage.prompt_tokens for asked in known)
     real.core._scheduler._ends.forget(Scope())  # so that blocks are reused, and the rest is computed
     warm = [real.ask(chat(prompt, NEW_TOKENS)) for prompt in PROMPTS[:20]]
