@@ -167,6 +167,8 @@ SHORT_VARIABLES = {
     "engine.model": "ANAPHORA_MODEL",
     "engine.dtype": "ANAPHORA_DTYPE",
     "engine.kv_memory": "ANAPHORA_KV_MEMORY",
+    "engine.kv_disk": "ANAPHORA_KV_DISK",
+    "engine.kv_codec": "ANAPHORA_KV_CODEC",
     "engine.profile": "ANAPHORA_PROFILE",
     "cache.shared": "ANAPHORA_SHARED",
 }
