@@ -73,6 +73,7 @@ def test_a_short_variable_means_the_same_as_the_long_one(path: str, short: str) 
         "server.port": "9",
         "server.workers": "9",
         "engine.kv_memory": "9KiB",
+        "engine.kv_disk": "9KiB",
         "engine.dtype": "float32",
         "cache.shared": "redis://localhost",
     }.get(path, "localhost")
