@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -79,7 +80,9 @@ kv_memory = "256MiB"
 
 
 def shortened(model: Path, folder: Path) -> Path:
-    """`model` with its first two layers."""
+    """`model` with its first two layers: a quarter of a minute instead of seven. All of them with WHOLE_MODEL=1 set."""
+    if os.environ.get("WHOLE_MODEL"):
+        return model
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
