@@ -80,7 +80,14 @@ def gateway(
     runner: asyncio.Runner, down: asyncio.Event, endless: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
     engine = EngineConfig(
-        model=str(endless), served_name="tiny", dtype="float32", device="cpu", kv_memory=2 << 20, pin_quota=0.5, threads=1
+        model=str(endless),
+        served_name="tiny",
+        dtype="float32",
+        device="cpu",
+        kv_memory=2 << 20,
+        kv_disk=0,  # what was evicted, or the process took with it, does not come back
+        pin_quota=0.5,
+        threads=1,
     )
     cache = CacheConfig(enabled=False, dir=str(tmp_path_factory.mktemp("cache")))
     gateway = build(Config(engine=engine, cache=cache), on_status=lambda status: None if status.ready else down.set())
