@@ -31,7 +31,8 @@ install() { # PEER
 status=0
 for peer in "$@"; do
   echo "== $peer, in $folder/$peer"
-  rm -f "$folder/$peer.ready" "$folder/$peer.failed"
+  [ -e "$folder/$peer.ready" ] && echo "is ready (remove $folder/$peer.ready to bring it up to date)" && continue
+  rm -f "$folder/$peer.failed"
   if install "$peer" 2> >(tee "$folder/$peer.log" >&2); then
     touch "$folder/$peer.ready"
   else
