@@ -189,7 +189,7 @@ def started(name: str, args: argparse.Namespace, ours: dict[str, Any], stack: co
         raise LeftOut(f"{args.model} is not a GGUF file")
     python = Path(sys.executable) if name == OURS else installed(name, args.peers_dir.expanduser())
     log = stack.enter_context(tempfile.TemporaryFile("w+", prefix=f"{name}-", errors="replace"))  # noqa: SIM115
-    side = Side(name, python, environment(name, python, args.threads), log, timeout_s=args.timeout)
+    side = Side(name, python, environment(name, args.threads), log, timeout_s=args.timeout)
     stack.callback(side.close)
     tell(f"{name} is loading")
     room = args.context + args.decode_tokens + 1
@@ -218,8 +218,8 @@ def installed(name: str, folder: Path) -> Path:
     raise LeftOut(f"not installed in {folder}: run {HERE / 'setup.sh'} {folder} {name}")
 
 
-def environment(name: str, python: Path, threads: int) -> dict[str, str]:
-    """What each engine's own guide asks for, and the same number of threads for all."""
+def environment(name: str, threads: int) -> dict[str, str]:
+    """The same number of threads for all, and whatever else each engine is started with."""
     found = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -234,8 +234,6 @@ def environment(name: str, python: Path, threads: int) -> dict[str, str]:
     if name == "vllm":
         # In the worker's own process: processes that wait for each other by spinning would take the cores from the model.
         found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        if (openmp := python.parent.parent / "lib" / "libiomp5.so").exists():
-            found["LD_PRELOAD"] = str(openmp)
     return found
 
 
