@@ -95,7 +95,8 @@ class Side:
 
     def close(self) -> None:
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError), self._process:  # closes its pipes, and waits for its end
+            pass
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
