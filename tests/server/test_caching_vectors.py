@@ -70,18 +70,19 @@ class Site:
 
 MODELS = ["claude-opus-5", "claude-opus-5-5", "claude-haiku-5-5", "gpt-4.1", "gpt-5.6-sol"]
 NUM_WORKSPACES = 99
+WHOLE_MODEL = bool(os.environ.get("WHOLE_MODEL"))
 REAL = f"""
 [engine]
 aliases = {MODELS}
 dtype = "float32"
 device = "cpu"
-kv_memory = "256MiB"
+kv_memory = "{"4GiB" if WHOLE_MODEL else "256MiB"}"
 """ + "".join(f'[[server.keys]]\ntenant = "us"\nworkspace = "w{i}"\nkey = "key-{i}"\n' for i in range(NUM_WORKSPACES))
 
 
 def shortened(model: Path, folder: Path) -> Path:
     """`model` with its first two layers: a quarter of a minute instead of seven. All of them with WHOLE_MODEL=1 set."""
-    if os.environ.get("WHOLE_MODEL"):
+    if WHOLE_MODEL:
         return model
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
