@@ -44,6 +44,9 @@ SHORT = 512
 WARM_REQUESTS = 3
 """Per round: they are short beside the cold one."""
 
+BUSY = 0.5
+"""Of the load average, before anything was started."""
+
 LOWEST_TOKEN = 100
 """Ids below may be control tokens."""
 
@@ -141,6 +144,8 @@ def main() -> int:
 
 def compared(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     where = about()
+    if (load := where["machine"]["load_before"]) > BUSY:
+        tell(f"the machine is busy (load {load}): engines whose threads wait for each other by spinning suffer most from that")
     skipped: dict[str, str] = {}
     samples: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
@@ -313,6 +318,7 @@ def table(report: dict[str, Any]) -> str:
     names = list(report["sides"])
     machine = report["machine"]
     lines = [f"{machine['processor']}, {report['threads']} threads, commit {report['commit']}, {report['rounds']} rounds"]
+    lines += [f"- the machine was busy before: load {machine['load_before']}"] if machine["load_before"] > BUSY else []
     lines += [f"- {name}: {side['version']}, {side['dtype']}" for name, side in report["sides"].items()]
     lines += ["", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     titles = {
