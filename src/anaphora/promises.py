@@ -222,8 +222,9 @@ class Books:
     def settle(self, charge: Charge, kv_reused_tokens: int, block_size: int = 1) -> Charge:
         """`charge` as it is once the engine has said how many leading tokens it really reused (invariant 6).
 
-        The engine reuses whole KV blocks and computes at least one token, so up to `block_size` tokens less than promised
-        still count as kept. Otherwise the longest promise that was kept is the read, and the rest is written again.
+        The engine reuses whole KV blocks (all of a prompt only where it has seen that very prompt), so up to `block_size`
+        tokens less than promised still count as kept. Otherwise the longest promise that was kept is the read, and the rest
+        is written again.
         """
         kept = kv_reused_tokens + block_size
         before = charge.usage.read

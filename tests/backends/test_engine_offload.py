@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from anaphora.clock import SystemClock
 from anaphora.codecs.int8 import Int8
 from anaphora.codecs.stepped import Int4
 from anaphora.codecs.zstd import Zstd
-from anaphora.errors import BackendFailed
+from anaphora.errors import BackendFailed, TierFailed
 from anaphora.policies.lru import LRU
 from anaphora.store import Store, StoreOptions
 from anaphora.testing.valkey import ValkeyServer, server_program
@@ -185,7 +187,6 @@ def test_a_damaged_block_is_a_miss_and_the_answer_is_right(lives: Lives, plain: 
 
 def test_a_sound_block_under_a_strange_key_is_not_believed(lives: Lives, plain: Driver) -> None:
     """Whoever can write to a shared tier can put any bytes under any key, with a checksum that fits."""
-    import asyncio
 
     async def swap() -> None:
         tier = DiskTier(DiskOptions(str(lives._folder), inline_bytes=1024), clock=SystemClock())
@@ -237,13 +238,40 @@ def test_a_tier_that_cannot_forget_is_named(lives: Lives, monkeypatch: pytest.Mo
     store = driver.core._offload._store
 
     async def broken(scope: Scope) -> int:
-        from anaphora.errors import TierFailed
-
         raise TierFailed("gone")
 
     monkeypatch.setattr(store._tiers[0], "forget", broken)
     with pytest.raises(BackendFailed, match="disk"):
         driver.core.forget(Scope())
+
+
+def test_while_a_tier_forgets_the_engine_answers_and_nothing_stays_that_it_brought_back(
+    lives: Lives, plain: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives.begin().ask(raw(LONG))
+    driver = lives.begin()
+    assert driver.core._offload is not None
+    tier = driver.core._offload._store._tiers[0]
+    forget, may_go_on = tier.forget, threading.Event()
+
+    async def slow(scope: Scope) -> int:
+        await asyncio.to_thread(may_go_on.wait)
+        return await forget(scope)
+
+    monkeypatch.setattr(tier, "forget", slow)
+    forgetting = driver.core.start_forget(Scope())
+    meanwhile = driver.ask(raw(LONG))
+    assert reused(meanwhile) == 31 * BLOCK, "it has not gone from the disk yet"
+    may_go_on.set()
+    assert forgetting.erasing is not None
+    forgetting.erasing.result(30.0)
+    assert driver.core.end_forget(forgetting) >= 31
+    after = driver.ask(raw(LONG))
+    assert reused(after) == 0
+    assert after.tokens == meanwhile.tokens == plain.ask(raw(LONG)).tokens
+    driver.core.forget(Scope())
+    lives.end()
+    assert lives.files() == []
 
 
 def test_a_tier_that_is_slower_than_computing_is_left_alone_and_says_so(lives: Lives, plain: Driver) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 pytest.importorskip("torch")
@@ -23,11 +26,13 @@ from anaphora.backends.base import Backend
 from anaphora.backends.engine import Engine, EngineClient, EngineOptions, EngineSupervisor
 from anaphora.backends.engine_ipc import Status
 from anaphora.errors import BackendFailed, ConfigError, EngineDied, InvalidRequest, QueueFull
+from anaphora.registry import CODECS, Registry
 from anaphora.testing.backends import BackendContract
 from anaphora.transcript import Collector
-from anaphora.types import Begin, Completion, Delta, End, Message, Request, Sampling, TextPart
+from anaphora.types import Begin, Completion, Delta, End, Message, Request, Sampling, Scope, TextPart
 
 PATIENCE_S = 60.0
+SECRET = "correct-horse-battery"
 
 
 def options_for(model: Path, tmp_path: Path, **options: Any) -> EngineOptions:
@@ -82,17 +87,27 @@ def options(endless: Path, tmp_path: Path) -> EngineOptions:
     return options_for(endless, tmp_path)
 
 
+@pytest.fixture
+def unused_port() -> Iterator[int]:
+    """Where nobody answers: it is taken, and not listened on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def address(endless: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of an engine process for those tests that leave it as it was: starting one takes seconds."""
     folder = tmp_path_factory.mktemp("engine")
     options = options_for(endless, folder, kv_memory=2 * 2**20)
     path = str(folder / "e.sock")
-    command = [sys.executable, "-m", "anaphora.backends.engine_child", path, msgspec.json.encode(options).decode()]
+    command = [sys.executable, "-m", "anaphora.backends.engine_child", path]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(options) + b"\n")
+        process.stdin.flush()
         yield path
         assert process.poll() is None
-        assert process.stdin is not None
         process.stdin.close()
 
 
@@ -288,6 +303,40 @@ def test_signals_to_the_whole_group_leave_the_engine_to_its_gateway(options: Eng
     asyncio.run(body())
 
 
+def test_a_forget_that_cannot_be_carried_out_is_an_error_of_its_caller_alone(options: EngineOptions, unused_port: int) -> None:
+    away = f"redis://:{SECRET}@127.0.0.1:{unused_port}/0"
+
+    async def body() -> None:
+        async with running(msgspec.structs.replace(options, kv_shared=away, kv_disk=0)) as engine:
+            await complete(engine, chat("hello"))
+            pid = engine.supervisor.pid
+            with pytest.raises(BackendFailed, match="could not be forgotten in: valkey"):
+                await engine.forget(Scope())
+            assert engine.supervisor.pid == pid
+            assert (await complete(engine, chat("hello"))).usage.kv_reused_tokens == 0, "the pool has forgotten it"
+
+    asyncio.run(body())
+
+
+def test_what_the_engine_is_told_cannot_be_read_off_its_command_line(options: EngineOptions, unused_port: int) -> None:
+    async def body() -> None:
+        away = f"redis://:{SECRET}@127.0.0.1:{unused_port}/0"
+        async with running(msgspec.structs.replace(options, kv_shared=away)) as engine:
+            await engine.models()
+            child = psutil.Process(engine.supervisor.pid)
+            assert "anaphora.backends.engine_child" in child.cmdline()
+            assert SECRET not in " ".join(child.cmdline()) + str(child.environ())
+
+    asyncio.run(body())
+
+
+def test_an_engine_that_nobody_tells_anything_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anaphora.backends.engine_child", str(tmp_path / "e.sock")]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 1
+    assert "started by a gateway" in ended.stderr
+
+
 # -- what it cannot do ---------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +372,16 @@ def test_a_configuration_that_cannot_work_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         engine_child._load(msgspec.structs.replace(options, **change), lambda stage: None)
+
+
+def test_a_broken_codec_of_another_package_matters_only_to_who_asks_for_it(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = EntryPoint("broken", "no.such.module:Codec", "anaphora.codecs")
+    monkeypatch.setattr(engine_child, "CODECS", Registry("codecs", CODECS.builtin, [broken]))
+    engine_child._load(options, lambda stage: None)
+    with pytest.raises(ConfigError, match="broken"):
+        engine_child._load(msgspec.structs.replace(options, kv_codec="broken"), lambda stage: None)
 
 
 def test_the_reason_of_a_refusal_reaches_those_who_wait_for_the_engine(options: EngineOptions) -> None:

@@ -75,9 +75,11 @@ class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_shared_prefix: str = "anaphora:kv:"
     """What every key there begins with."""
     kv_shared_ca_file: str = ""
+    kv_tenant_share: float = 1.0
+    """Of each of these places, at most so much is one tenant's."""
     kv_codec: str = "raw"
     pin_quota: float = 0.25
-    """Share of the KV blocks that promises to one tenant may keep from being evicted."""
+    """Share of the KV blocks that promises to one tenant may keep from being evicted, in memory and in each of these places."""
     niceness: int = 5
     """Scheduling priority given up by the engine process, so that the gateway answers while tokens are computed."""
 
@@ -137,7 +139,6 @@ class EngineSupervisor:
     async def _run_once(self) -> int:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.address)
-        settings = msgspec.json.encode(self._options).decode()
         # Its standard input is a pipe that only this process holds: when this process dies in any way, the engine reads the
         # end of it and goes too.
         self._process = await asyncio.create_subprocess_exec(
@@ -145,10 +146,11 @@ class EngineSupervisor:
             "-m",
             "anaphora.backends.engine_child",
             self.address,
-            settings,
             stdin=asyncio.subprocess.PIPE,
             env=_child_environment(self._options),
         )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(self._options) + b"\n")
         return await self._process.wait()
 
     def _log(self, text: str) -> None:

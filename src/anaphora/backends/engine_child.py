@@ -1,4 +1,6 @@
-"""The engine process: `python -m anaphora.backends.engine_child SOCKET OPTIONS`. Started by `engine.EngineSupervisor`.
+"""The engine process: `python -m anaphora.backends.engine_child SOCKET`. Started by `engine.EngineSupervisor`.
+
+The first line of its standard input is its options, which may hold a password: a command line can be read by anyone.
 
 Two threads: the main one loads the model and runs the engine's loop; the other serves the socket and tokenises. They meet
 in an inbox of callables (towards the engine) and in the socket thread's own event loop (towards the clients).
@@ -17,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -44,9 +46,9 @@ from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, EngineDied, ServiceError
 from anaphora.registry import CODECS, POLICIES, TIERS
 from anaphora.store import Store, StoreOptions
-from anaphora.tiers.base import Tier
+from anaphora.tiers.base import Eviction, Tier, eviction
 from anaphora.tiers.following import Leader, following
-from anaphora.types import Delta, End
+from anaphora.types import Delta, End, Scope
 
 if TYPE_CHECKING:
     from anaphora.backends.engine_core import EngineCore
@@ -115,9 +117,31 @@ class Connection:
         elif isinstance(message, Measure):
             self.send(Reply(id, core.measure(message.request, message.prompt)))
         elif isinstance(message, Forget):
-            inbox.put(lambda: self.post(Reply(id, core.forget(message.scope))))
+            inbox.put(lambda: self._forget(id, message.scope, core))
         elif isinstance(message, Stats):
-            inbox.put(lambda: self.post(Reply(id, core.stats())))
+            inbox.put(lambda: self._answer(id, core.stats))
+
+    def _forget(self, id: int, scope: Scope, core: EngineCore) -> None:
+        """On the engine thread, which computes on while slower tiers are cleared."""
+        forgetting = core.start_forget(scope)
+
+        def end(_: object = None) -> None:
+            self._server.inbox.put(lambda: self._answer(id, lambda: core.end_forget(forgetting)))
+
+        if forgetting.erasing is None:
+            end()
+        else:
+            forgetting.erasing.add_done_callback(end)
+
+    def _answer(self, id: int, compute: Callable[[], Any]) -> None:
+        """On the engine thread, where an error that nobody catches would end the process."""
+        try:
+            self.post(Reply(id, compute()))
+        except ServiceError as error:
+            self.post(failed(id, error))
+        except Exception as error:
+            traceback.print_exc()
+            self.post(failed(id, BackendFailed(f"the engine failed: {error!r}")))
 
     def _emit(self, id: int, deltas: list[Delta]) -> None:
         self.post(Deltas(id, tuple(deltas)))
@@ -164,12 +188,12 @@ class SocketServer:
             connection.close(self._core)
 
 
-def main(address: str, settings: str) -> None:
-    options = msgspec.json.decode(settings, type=EngineOptions)
+def main(address: str) -> None:
     # Ctrl-C in a terminal, or a service manager that stops a whole group, reaches this process too. The gateway decides: it
     # lets answers finish, and then closes our standard input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    options = msgspec.json.decode(_first_line(), type=EngineOptions)
     cores: list[EngineCore] = []
     threading.Thread(target=_die_with_parent, args=(cores,), name="parent-watch", daemon=True).start()
     os.nice(options.niceness)
@@ -198,9 +222,9 @@ def _load(options: EngineOptions, progress: Callable[[str], None]) -> EngineCore
             f"the embedded engine needs packages that are not installed ({error}): pip install 'anaphora[local]'"
         ) from error
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    codecs = {name: CODECS.load(name)() for name in CODECS.names()}
-    if options.kv_codec not in codecs:
-        CODECS.load(options.kv_codec)  # says what is wrong with the name
+    # Blocks that any of our own codecs wrote can be read. Of other packages' codecs only the one that is asked for is
+    # loaded: one that is broken should not keep an engine from starting that has no use for it.
+    codecs = {name: CODECS.load(name)() for name in {*CODECS.builtin, options.kv_codec}}
     return EngineCore(
         options,
         POLICIES.load(options.policy)(),
@@ -216,22 +240,26 @@ def _store(options: EngineOptions) -> Store | None:
     from anaphora.tiers.disk import DiskOptions
     from anaphora.tiers.ram import RamOptions
 
+    if not options.prefix_caching:
+        return None
     clock = SystemClock()
+    leaving = eviction(options.policy, tenant_share=options.kv_tenant_share, keep_share=options.pin_quota)
     tiers: list[Tier] = []
     if options.kv_ram:
-        tiers.append(TIERS.load("ram")(RamOptions(options.kv_ram), policy=POLICIES.load(options.policy)(), clock=clock))
-    shared = _shared(options, clock) if options.kv_shared else None
+        memory = RamOptions(options.kv_ram, leaving)
+        tiers.append(TIERS.load("ram")(memory, policy=POLICIES.load(options.policy)(), clock=clock))
+    shared = _shared(options, leaving, clock) if options.kv_shared else None
     if options.kv_disk:
-        disk: Tier = TIERS.load("disk")(DiskOptions(options.kv_dir, options.kv_disk), clock=clock)
+        disk: Tier = TIERS.load("disk")(DiskOptions(options.kv_dir, options.kv_disk, eviction=leaving), clock=clock)
         tiers.append(disk if shared is None else following(disk, shared, Path(options.kv_dir), options.kv_shared))
     if shared is not None:
         tiers.append(shared)
-    if not tiers or not options.prefix_caching:
+    if not tiers:
         return None
     return Store(tiers, clock=clock, options=StoreOptions(max_pending_bytes=_PENDING_BYTES, lookup_timeout_s=_LOOKUP_S))
 
 
-def _shared(options: EngineOptions, clock: Clock) -> Leader:
+def _shared(options: EngineOptions, leaving: Eviction, clock: Clock) -> Leader:
     kind = TIERS.load("valkey")  # before its options are imported: this says what to install
     from anaphora.tiers.valkey import ValkeyOptions
 
@@ -241,6 +269,7 @@ def _shared(options: EngineOptions, clock: Clock) -> Leader:
         prefix=options.kv_shared_prefix,
         ca_file=options.kv_shared_ca_file,
         timeout_s=_LOOKUP_S,
+        eviction=leaving,
     )
     tier: Leader = kind(where, clock=clock)
     return tier
@@ -261,6 +290,16 @@ def _loop(core: EngineCore, inbox: Inbox) -> None:
             busy = False
 
 
+def _first_line() -> bytes:
+    """Unbuffered: another thread reads on where this ends."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := os.read(0, 1)):
+            sys.exit("the engine process is started by a gateway, which tells it its options")
+        line += byte
+    return line
+
+
 def _die_with_parent(cores: list[EngineCore]) -> None:
     """The supervisor holds the other end of standard input; when it is gone, in whatever way, so is the engine's purpose.
     What was computed may still be written to where it outlives the process."""
@@ -272,4 +311,4 @@ def _die_with_parent(cores: list[EngineCore]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(sys.argv[1])

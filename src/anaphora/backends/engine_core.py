@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import msgspec
@@ -36,6 +37,7 @@ from anaphora.clock import Clock, SystemClock
 from anaphora.codecs.base import Codec
 from anaphora.codecs.raw import Raw
 from anaphora.errors import BackendFailed, ConfigError, ContextTooLong, InvalidRequest, QueueFull, ServiceError
+from anaphora.events import Forgotten
 from anaphora.keys import kv_namespace
 from anaphora.kv.arena import Arena
 from anaphora.kv.cache import KVCache
@@ -55,8 +57,18 @@ _NUM_RECENT = 32
 """Tokenised requests that are remembered: about as many as may be on their way from being measured to being run."""
 
 _FORGET_S = 120.0
+"""How long who waits for a forget waits."""
 _ENDS_SHARE = 32
 """Beside the KV, one part in so many of its memory keeps how whole prompts end."""
+
+
+class Forgetting(msgspec.Struct, frozen=True):
+    """A forget that is under way."""
+
+    scope: Scope
+    num_in_pool: int
+    erasing: Future[Forgotten] | None
+    """From the slower tiers, of which there may be none."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
@@ -253,18 +265,34 @@ class EngineCore:
         return self._scheduler.step()
 
     def forget(self, scope: Scope) -> int:
-        """How many blocks went, from the pool and the slower tiers. Raises BackendFailed where a tier may still have some."""
+        """`start_forget`, wait, `end_forget`: for whoever has nothing else to do meanwhile."""
+        forgetting = self.start_forget(scope)
+        if forgetting.erasing is not None:
+            wait((forgetting.erasing,), timeout=_FORGET_S)
+        return self.end_forget(forgetting)
+
+    def start_forget(self, scope: Scope) -> Forgetting:
+        """Nothing of `scope` is found in the pool from here on, and the slower tiers are being cleared behind."""
         self._template.forget()
-        count = self._scheduler.forget(scope) if scope.tag is None and scope.model in (None, self.info.id) else 0
-        erasing = self._tiers.forget(scope)
-        if erasing is None:
-            return count
-        receipt = erasing.result(timeout=_FORGET_S)
+        return Forgetting(scope, self._forget_in_pool(scope), self._tiers.forget(scope))
+
+    def end_forget(self, forgetting: Forgetting) -> int:
+        """How many blocks went, from the pool and the slower tiers. Raises BackendFailed where a tier may still have some."""
+        if forgetting.erasing is None:
+            return forgetting.num_in_pool
         self._tiers.settle()
+        # Again: a request may have found in a tier what had not gone yet, and brought it back.
+        count = forgetting.num_in_pool + self._forget_in_pool(forgetting.scope)
+        if not forgetting.erasing.done():
+            raise BackendFailed(f"KV blocks were not forgotten within {_FORGET_S:.0f} s; try again")
+        receipt = forgetting.erasing.result()
         left = sorted({*receipt.failed, *(tier for tier, num in receipt.remaining.items() if num)})
         if left:
             raise BackendFailed(f"KV blocks could not be forgotten in: {', '.join(left)}; try again when it can be reached")
         return count + sum(receipt.removed.values())
+
+    def _forget_in_pool(self, scope: Scope) -> int:
+        return self._scheduler.forget(scope) if scope.tag is None and scope.model in (None, self.info.id) else 0
 
     def flush(self, timeout_s: float) -> None:
         """Wait until what was computed is in the slower tiers too, at most for so long."""
