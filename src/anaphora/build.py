@@ -24,7 +24,7 @@ from anaphora.profiles import named
 from anaphora.promises import Books
 from anaphora.registry import BACKENDS, LEVELS, POLICIES, TIERS
 from anaphora.store import Store, StoreOptions
-from anaphora.tiers.base import Tier
+from anaphora.tiers.base import Eviction, Tier, eviction
 from anaphora.types import Key
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 OnStatus: TypeAlias = "Callable[[Status], None]"
-ANSWER_POLICY = "lru"
-"""What leaves the answer cache's memory first."""
 
 
 def build(
@@ -157,12 +155,13 @@ def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
     from anaphora.tiers.following import following
     from anaphora.tiers.ram import RamOptions
 
-    policy = cast(Policy[Key], POLICIES.load(ANSWER_POLICY)())
-    tiers = [cast(Tier, TIERS.load("ram")(RamOptions(config.ram), policy=policy, clock=clock, emit=emit))]
-    shared = shared_tier(config, "answers", config.shared_size, clock=clock, emit=emit) if config.shared else None
+    policy = cast(Policy[Key], POLICIES.load(config.policy)())
+    leaving = eviction(config.policy, tenant_share=config.tenant_share)
+    tiers = [cast(Tier, TIERS.load("ram")(RamOptions(config.ram, leaving), policy=policy, clock=clock, emit=emit))]
+    shared = shared_tier(config, "answers", config.shared_size, leaving, clock=clock, emit=emit) if config.shared else None
     if config.disk:
         folder = _folder(config) / "answers"
-        disk = cast(Tier, TIERS.load("disk")(DiskOptions(str(folder), config.disk), clock=clock, emit=emit))
+        disk = cast(Tier, TIERS.load("disk")(DiskOptions(str(folder), config.disk, eviction=leaving), clock=clock, emit=emit))
         if shared is not None:
             disk = following(disk, shared, folder, config.shared)
         tiers.append(disk)
@@ -171,13 +170,24 @@ def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
     return tiers
 
 
-def shared_tier(config: CacheConfig, part: str, capacity_bytes: int, *, clock: Clock, emit: Emit) -> ValkeyTier:
+def kv_eviction(engine: EngineConfig) -> Eviction:
+    """What leaves first of the KV blocks that lie elsewhere than in the engine's pool."""
+    return eviction(engine.policy, tenant_share=engine.kv_tenant_share, keep_share=engine.pin_quota)
+
+
+def shared_tier(
+    config: CacheConfig, part: str, capacity_bytes: int, leaving: Eviction, *, clock: Clock, emit: Emit
+) -> ValkeyTier:
     """`part` of what is kept on the server at `config.shared`. Raises ConfigError."""
     kind = TIERS.load("valkey")
     from anaphora.tiers.valkey import ValkeyOptions
 
     options = ValkeyOptions(
-        config.shared, capacity_bytes, prefix=f"{config.shared_prefix}{part}:", ca_file=config.shared_ca_file
+        config.shared,
+        capacity_bytes,
+        prefix=f"{config.shared_prefix}{part}:",
+        ca_file=config.shared_ca_file,
+        eviction=leaving,
     )
     try:
         return cast("ValkeyTier", kind(options, clock=clock, emit=emit))

@@ -30,6 +30,7 @@ Size = Annotated[int, msgspec.Meta(ge=0, description="bytes; in text also as '51
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -93,11 +94,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory for KV blocks beside `kv_memory`, encoded by `kv_codec`: with a codec that takes fewer bits it holds more."""
     kv_disk: Size = 8 * GIB
     """KV blocks that outlive the process, in `cache.dir`/kv. 0: none."""
+    kv_tenant_share: Share = 1.0
+    """Of each of the places for KV blocks outside `kv_memory`, at most so much is one tenant's."""
     kv_codec: Name = "raw"
     """How KV blocks are encoded outside `kv_memory`: raw, zstd, or with loss int8, int4, int3."""
     kv_codec_bound: Annotated[float, msgspec.Meta(ge=0)] = 0.005
     """What a codec may change, in nats of mean divergence of next-token distributions as measured."""
-    pin_quota: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
+    pin_quota: Share = 0.25
     """Share of the KV blocks that prompt caching may keep from being evicted for one tenant."""
     profile: str | tuple[Name, ...] = ()
     """Account for prompt caching like this model of a provider, or one for each dialect. Empty: by the model's own name."""
@@ -127,6 +130,9 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the authority that signed its certificate. Empty: those the system trusts."""
     shared_prefix: Name = "anaphora:"
     """What every key on it begins with."""
+    policy: Name = "lru"
+    tenant_share: Share = 1.0
+    """Of memory, disk and shared server each, at most so much is one tenant's answers."""
     ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Seconds an answer stays valid. 0: until it is evicted."""
     sampled: Literal["reuse", "never"] | Buckets = "reuse"

@@ -155,6 +155,17 @@ class Store:
         for tier in self._tiers:
             tier.touch(used)
 
+    async def keep(self, keys: Collection[Key], until_s: float) -> dict[str, int]:
+        """Do not evict these before `until_s` (seconds since the epoch): tier name → how many of them it keeps. `flush` first:
+        what is not written yet is not there."""
+        kept: dict[str, int] = {}
+        for tier in self._tiers:
+            try:
+                kept[tier.name] = await tier.keep(keys, until_s)
+            except TierFailed as error:
+                self._failed(tier, "keep", error)
+        return kept
+
     async def delete(self, keys: Collection[Key]) -> None:
         """Remove `keys` from every tier that can be reached: their values are of no use. For what must go, see `forget`."""
         self._num_erasures += 1

@@ -4,24 +4,21 @@ from pathlib import Path
 import pytest
 
 from anaphora.clock import Clock
-from anaphora.policies.gdsf import GDSF
-from anaphora.policies.lru import LRU
+from anaphora.policies.base import Policy
+from anaphora.registry import POLICIES
 from anaphora.testing.tiers import TierContract
 from anaphora.testing.valkey import ValkeyServer, valkey_cluster
-from anaphora.tiers.base import Tier
+from anaphora.tiers.base import Eviction, Tier
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
 from anaphora.tiers.valkey import ValkeyOptions, ValkeyTier
+from anaphora.types import Key
 
 
-class TestRamByLru(TierContract):
-    def make(self, *, capacity_bytes: int, clock: Clock) -> Tier:
-        return RamTier(RamOptions(capacity_bytes), policy=LRU(), clock=clock)
-
-
-class TestRamByGdsf(TierContract):
-    def make(self, *, capacity_bytes: int, clock: Clock) -> Tier:
-        return RamTier(RamOptions(capacity_bytes), policy=GDSF(), clock=clock)
+class TestRam(TierContract):
+    def make(self, *, capacity_bytes: int, eviction: Eviction, clock: Clock) -> Tier:
+        policy: Policy[Key] = POLICIES.load(eviction.order)()
+        return RamTier(RamOptions(capacity_bytes, eviction), policy=policy, clock=clock)
 
 
 class TestDisk(TierContract):
@@ -31,8 +28,9 @@ class TestDisk(TierContract):
     def _folder(self, tmp_path: Path) -> None:
         self.folder = tmp_path
 
-    def make(self, *, capacity_bytes: int, clock: Clock) -> Tier:
-        return DiskTier(DiskOptions(str(self.folder), capacity_bytes, inline_bytes=self.inline_bytes), clock=clock)
+    def make(self, *, capacity_bytes: int, eviction: Eviction, clock: Clock) -> Tier:
+        options = DiskOptions(str(self.folder), capacity_bytes, inline_bytes=self.inline_bytes, eviction=eviction)
+        return DiskTier(options, clock=clock)
 
 
 class TestDiskWithEveryValueInAFile(TestDisk):
@@ -44,8 +42,9 @@ class TestDiskWithSomeValuesInFiles(TestDisk):
 
 
 class TestDiskWithFsync(TestDisk):
-    def make(self, *, capacity_bytes: int, clock: Clock) -> Tier:
-        return DiskTier(DiskOptions(str(self.folder), capacity_bytes, inline_bytes=1000, fsync=True), clock=clock)
+    def make(self, *, capacity_bytes: int, eviction: Eviction, clock: Clock) -> Tier:
+        options = DiskOptions(str(self.folder), capacity_bytes, inline_bytes=1000, fsync=True, eviction=eviction)
+        return DiskTier(options, clock=clock)
 
 
 class TestValkey(TierContract):
@@ -53,8 +52,8 @@ class TestValkey(TierContract):
     def _url(self, valkey: str) -> None:
         self.url = valkey
 
-    def make(self, *, capacity_bytes: int, clock: Clock) -> Tier:
-        return ValkeyTier(ValkeyOptions(self.url, capacity_bytes), clock=clock)
+    def make(self, *, capacity_bytes: int, eviction: Eviction, clock: Clock) -> Tier:
+        return ValkeyTier(ValkeyOptions(self.url, capacity_bytes, eviction=eviction), clock=clock)
 
 
 @pytest.fixture(scope="module")

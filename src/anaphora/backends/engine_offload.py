@@ -17,6 +17,9 @@ from anaphora.types import BlockHash, Scope
 _LEAST_TOKENS = 64
 """A step over fewer tokens says little about what computing a token costs."""
 
+_LASTING_S = 3000.0
+"""A promise of an hour, asked for some time ago, is one for long."""
+
 
 class SlowerTiers:
     """What the scheduler asks of them. With no `offload` there are none: nobody waits, and nothing is kept."""
@@ -68,10 +71,20 @@ class SlowerTiers:
     def keep(self, job: Job, sequence: Generation) -> bool:
         """Write what this sequence computed behind. True: its lease is taken over until that is done."""
         new, sequence.new_blocks = sequence.new_blocks, []
-        if self._offload is None or not new or job.forgotten or job.pool_only:
+        lasting, sequence.lasting = sequence.lasting, (0, 0.0)
+        if self._offload is None or job.forgotten or job.pool_only:
             return False
         assert sequence.lease is not None
-        return self._offload.save(Saving(sequence.lease, job.tenant, new))
+        saves = bool(new) and self._offload.save(Saving(sequence.lease, job.tenant, new))
+        if lasting[0]:
+            self._offload.keep(sequence.hashes[: lasting[0]], lasting[1])
+        return saves
+
+    def pinned(self, sequence: Generation, num_blocks: int, until_s: float, now_s: float) -> None:
+        """The first `num_blocks` blocks of the sequence were pinned in the pool. What is to stay for long stays in the slower
+        tiers too, where nothing leaves within minutes."""
+        if self._offload is not None and until_s - now_s >= _LASTING_S:
+            sequence.lasting = max(sequence.lasting, (num_blocks, until_s))
 
     def committed(self, sequence: Generation, first: int, block_ids: Sequence[int], cost_s: float, block_size: int) -> None:
         """The blocks from number `first` of the sequence on were computed and committed."""

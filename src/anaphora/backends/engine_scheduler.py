@@ -363,6 +363,7 @@ class Scheduler:
         while sequence.keep and sequence.keep[0][0] <= sequence.num_committed:
             num_blocks, until_s = sequence.keep.pop(0)
             self._cache.pin(sequence.hashes[num_blocks - 1], until_s)
+            self._tiers.pinned(sequence, num_blocks, until_s, self._clock.now_s())
 
     def _advance(self, sampled: list[tuple[Job, Generation]], logits: torch.Tensor) -> None:
         drawn = sample(logits, [sequence.row for _, sequence in sampled])

@@ -39,6 +39,8 @@ class Generation:
         """Prompt tokens found in the cache when it was first admitted."""
         self.keep: list[tuple[int, float]] = []
         """Blocks of the prompt that are to be pinned as soon as they are committed, shortest first, and until when."""
+        self.lasting = (0, 0.0)
+        """How many of its first blocks are to be kept in the slower tiers as well, and until when."""
         self.known: torch.Tensor | None = None
         """The last position's hidden state, where all its tokens were known already: nothing is left to run."""
         self.sought = False

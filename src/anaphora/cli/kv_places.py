@@ -55,10 +55,12 @@ def described(config: Config) -> str:
 
 @asynccontextmanager
 async def disk(config: Config, *, capacity_bytes: int = UNLIMITED) -> AsyncIterator[DiskTier]:
+    from anaphora.build import kv_eviction
     from anaphora.clock import SystemClock
     from anaphora.tiers.disk import DiskOptions, DiskTier
 
-    tier = DiskTier(DiskOptions(str(folder(config)), capacity_bytes), clock=SystemClock())
+    options = DiskOptions(str(folder(config)), capacity_bytes, eviction=kv_eviction(config.engine))
+    tier = DiskTier(options, clock=SystemClock())
     try:
         yield tier
     finally:
@@ -95,13 +97,14 @@ async def all_places(config: Config) -> AsyncIterator[list[Tier]]:
 
 @asynccontextmanager
 async def _shared(config: Config) -> AsyncIterator[ValkeyTier]:
-    from anaphora.build import shared_tier
+    from anaphora.build import kv_eviction, shared_tier
     from anaphora.clock import SystemClock
     from anaphora.events import ignore
 
     if not config.cache.shared:
         raise ConfigError("cache.shared is not set: name the server with ANAPHORA_SHARED=redis://host:6379/0, or in the file")
-    tier = shared_tier(config.cache, "kv", config.cache.shared_size, clock=SystemClock(), emit=ignore)
+    leaving = kv_eviction(config.engine)
+    tier = shared_tier(config.cache, "kv", config.cache.shared_size, leaving, clock=SystemClock(), emit=ignore)
     try:
         yield tier
     finally:

@@ -28,8 +28,8 @@ PIN_EXAMPLES = """\
   anaphora kv pin system-prompt.jsonl --for 8h
   anaphora kv pin prompts.jsonl --for 45m --model smollm2
 Like warm, and the engine does not evict these prompts' KV from its memory for so long, or until the server ends. Pins of one
-tenant hold at most engine.pin_quota of that memory: beyond it those that were used longest ago are dropped. On disk and on a
-shared server nothing is pinned: there the least recently used leaves first.
+tenant hold at most engine.pin_quota of that memory: beyond it those that were used longest ago are dropped. Pins of an hour or
+more hold on disk and on a shared server too, within the same share of each, whether the server runs or not.
 """
 _PATHS = {
     "anthropic": "/v1/messages",

@@ -9,6 +9,7 @@ tells. A tier that was found not to pay is tried again after a while: its load, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -74,6 +75,15 @@ class Estimates:
             return None
         offset, slope = self._per_token.fit()
         return offset * (end - start) + slope * (end * end - start * start) / 2
+
+    def block_s(self) -> float | None:
+        """What losing a block costs, for the order in which blocks leave a tier; None: not known yet.
+
+        It is the same for all blocks: one that stands further back takes longer to compute, but is of no use without those
+        before it, and may not be worth more than they are. A power of two, so that processes that share a tier agree.
+        """
+        seconds = self.compute_s(0, self._block_size)
+        return 2.0 ** round(math.log2(seconds)) if seconds else None
 
     def load_s(self, tier: str, num_bytes: int) -> float | None:
         line = self._loads.get(tier)

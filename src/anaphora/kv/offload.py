@@ -169,6 +169,11 @@ class Offload:
         self._start(lambda: self._save(saving, num_forgets))
         return True
 
+    def keep(self, hashes: Sequence[BlockHash], until_s: float) -> None:
+        """Do not evict these blocks from any tier before `until_s` (seconds since the epoch), once they are there: what
+        `save` was asked for earlier is waited for."""
+        self._start(lambda: self._keep([self._key(block_hash) for block_hash in hashes], until_s))
+
     def seek(self, fetch: Fetch) -> None:
         """Find out how many of its blocks are worth loading; it is `finished` when `num_found` says so."""
         self._num_waiting += 1
@@ -230,6 +235,7 @@ class Offload:
             figures[f"kv_{name}_entries"] = tier.num_entries
             figures[f"kv_{name}_bytes"] = tier.used_bytes
             figures[f"kv_{name}_capacity_bytes"] = tier.capacity_bytes
+            figures[f"kv_{name}_kept_bytes"] = tier.kept_bytes
             figures[f"kv_{name}_blocks_loaded"] = counters.loaded_blocks[name]
             figures[f"kv_{name}_blocks_declined"] = self.estimates.declined[name]
             if (bandwidth := self.estimates.bandwidth(name)) is not None:
@@ -292,12 +298,23 @@ class Offload:
         finally:
             self._finish(saving)
 
+    async def _keep(self, keys: list[Key], until_s: float) -> None:
+        async with self._saves:
+            await self._store.keep(keys, until_s)
+            await self._look()
+
     async def _save_batch(self, tenant: Tenant, blocks: Sequence[NewBlock], num_forgets: int) -> None:
         mark = self._store.mark()
         values = await asyncio.to_thread(self._encode, blocks)
+        block_s = self.estimates.block_s()
         for block, value in zip(blocks, values, strict=True):
             if num_forgets == self._num_forgets and self._store.put(
-                self._key(block.hash), value, cost_s=block.cost_s, tenant=tenant, model=self._model, since=mark
+                self._key(block.hash),
+                value,
+                cost_s=block.cost_s if block_s is None else block_s,
+                tenant=tenant,
+                model=self._model,
+                since=mark,
             ):
                 self.counters.saved_blocks += 1
                 self.counters.saved_bytes += len(value)

@@ -1,18 +1,26 @@
 """What every storage tier owes the store, as tests to inherit.
 
 class TestMyTier(TierContract):
-    def make(self, *, capacity_bytes: int, clock: Clock) -> Tier:
+    def make(self, *, capacity_bytes: int, eviction: Eviction, clock: Clock) -> Tier:
         return MyTier(..., clock=clock)
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import msgspec
+import pytest
 
 from anaphora.clock import Clock, ManualClock
 from anaphora.keys import digest
-from anaphora.tiers.base import ENTRY_OVERHEAD, Entry, Tier
+from anaphora.policies.base import Policy
+from anaphora.policies.gdsf import GDSF
+from anaphora.policies.lru import LRU
+from anaphora.tiers.base import ENTRY_OVERHEAD, Entry, Eviction, Tier
 from anaphora.types import Key, Scope, Tenant
 
 
@@ -30,15 +38,15 @@ class TierContract:
 
     capacity_bytes = 10_000
 
-    def make(self, *, capacity_bytes: int, clock: Clock) -> Tier:
+    def make(self, *, capacity_bytes: int, eviction: Eviction, clock: Clock) -> Tier:
         raise NotImplementedError
 
-    def run(self, body: Callable[[Tier, ManualClock], Awaitable[None]]) -> None:
+    def run(self, body: Callable[[Tier, ManualClock], Awaitable[None]], eviction: Eviction | None = None) -> None:
         """`body` with an empty tier, on an event loop of its own."""
 
         async def main() -> None:
             clock = ManualClock()
-            tier = self.make(capacity_bytes=self.capacity_bytes, clock=clock)
+            tier = self.make(capacity_bytes=self.capacity_bytes, eviction=eviction or Eviction(), clock=clock)
             try:
                 await body(tier, clock)
             finally:
@@ -190,6 +198,125 @@ class TierContract:
             after = tier.epoch()
             await tier.delete_many([make_key(1)])
             assert len({before, after, tier.epoch()}) == 3
+
+        self.run(body)
+
+    @pytest.mark.parametrize("order", ["lru", "gdsf"])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_order_of_leaving_is_that_of_the_policy_of_this_name(self, order: Literal["lru", "gdsf"], seed: int) -> None:
+        policies: dict[str, type[Policy[Key]]] = {"lru": LRU, "gdsf": GDSF}
+
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            chance = random.Random(seed)
+            policy = policies[order]()
+            sizes: dict[Key, int] = {}
+            for number in range(120):
+                key = make_key(number)
+                entry = msgspec.structs.replace(make_entry(chance.randrange(1500)), cost_s=chance.choice([0.01, 0.5, 2.0, 9.0]))
+                while sum(sizes.values()) + entry.size > self.capacity_bytes:
+                    victim = next(policy.victims())
+                    policy.remove(victim)
+                    del sizes[victim]
+                policy.insert(key, entry.size, entry.cost_s)
+                sizes[key] = entry.size
+                await tier.put_many({key: entry})
+                assert set(await tier.keys()) == set(sizes)
+                used = chance.sample(sorted(sizes), k=min(len(sizes), chance.randrange(3)))
+                tier.touch(used)
+                for one in used:
+                    policy.touch(one)
+
+        self.run(body, Eviction(order))
+
+    def test_a_tenant_beyond_its_share_makes_room_for_itself(self) -> None:
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            size = self.capacity_bytes // 10 - ENTRY_OVERHEAD
+            await tier.put_many({make_key(("b", number)): make_entry(size, tenant="b") for number in range(4)})
+            await tier.put_many({make_key(("a", number)): make_entry(size, tenant="a") for number in range(9)})
+            assert set(await tier.keys()) == {
+                *(make_key(("b", number)) for number in range(4)),
+                *(make_key(("a", number)) for number in range(4, 9)),
+            }
+            too_large = make_entry(self.capacity_bytes * 6 // 10, tenant="a")
+            assert await tier.put_many({make_key("large"): too_large}) == frozenset()
+            assert len(await tier.keys()) == 9, "nothing was evicted for what does not fit"
+            await tier.put_many({make_key(("c", number)): make_entry(size, tenant="c") for number in range(3)})
+            assert len(await tier.keys(Scope(tenant=Tenant("c")))) == 3
+            assert len(await tier.keys(Scope(tenant=Tenant("b")))) == 2, "beyond the capacity, whoever's entry is oldest goes"
+
+        self.run(body, Eviction(tenant_share=0.5))
+
+    def test_what_is_kept_is_not_evicted_until_its_time_is_over(self) -> None:
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            size = self.capacity_bytes // 10 - ENTRY_OVERHEAD
+            kept = [make_key(0), make_key(1)]
+            await tier.put_many({key: make_entry(size) for key in kept})
+            assert await tier.keep([*kept, make_key("unknown")], clock.now_s() + 100) == 2
+            assert await tier.keep(kept[:1], clock.now_s() + 10) == 1, "a shorter time changes nothing"
+            assert (await tier.stats()).kept_bytes == 2 * self.capacity_bytes // 10
+            for number in range(2, 30):
+                await tier.put_many({make_key(number): make_entry(size)})
+            assert set(kept) <= set(await tier.keys())
+            assert len(await tier.keys()) == 10
+            clock.advance(100)
+            assert (await tier.stats()).kept_bytes == 0
+            await tier.put_many({make_key(number): make_entry(size) for number in range(30, 32)})
+            assert not set(kept) & set(await tier.keys())
+
+        self.run(body)
+
+    def test_keeping_can_be_ended_and_ends_with_the_entry(self) -> None:
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            key, later = make_key(0), clock.now_s() + 100
+            size = self.capacity_bytes // 10
+            for end in ("told", "replaced", "deleted", "forgotten"):
+                await tier.put_many({key: make_entry(size - ENTRY_OVERHEAD)})
+                assert await tier.keep([key], later) == 1
+                assert (await tier.stats()).kept_bytes == size
+                if end == "told":
+                    assert await tier.keep([key], clock.now_s()) == 0
+                elif end == "replaced":
+                    await tier.put_many({key: make_entry(10)})
+                elif end == "deleted":
+                    await tier.delete_many([key])
+                else:
+                    await tier.forget(Scope())
+                assert (await tier.stats()).kept_bytes == 0, end
+            await tier.put_many({key: make_entry(10, expires_at_s=later - 50)})
+            await tier.keep([key], later)
+            clock.advance(50)
+            assert await tier.keys() == []
+            assert (await tier.stats()).kept_bytes == 0
+
+        self.run(body)
+
+    def test_what_is_kept_stays_within_the_shares_and_leaves_room_for_others(self) -> None:
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            size, later = self.capacity_bytes // 10 - ENTRY_OVERHEAD, clock.now_s() + 100
+            num_kept = []
+            for tenant in "abc":
+                keys = [make_key((tenant, number)) for number in range(4)]
+                await tier.put_many({key: make_entry(size, tenant=tenant) for key in keys})
+                num_kept.append(await tier.keep(keys, later))
+                assert await tier.keep(keys[:1], later + 1) == min(1, num_kept[-1]), "what is kept already may be kept longer"
+            assert num_kept == [3, 3, 1]
+            assert (await tier.stats()).kept_bytes == 7 * self.capacity_bytes // 10
+            larger_than_what_is_left = make_entry(self.capacity_bytes * 4 // 10, tenant="d")
+            before = set(await tier.keys())
+            assert await tier.put_many({make_key("d"): larger_than_what_is_left}) == frozenset()
+            assert set(await tier.keys()) == before
+            assert await tier.put_many({make_key("e"): make_entry(size, tenant="e")}) == {make_key("e")}
+
+        self.run(body, Eviction(keep_share=0.3))
+
+    def test_keeping_is_no_use(self) -> None:
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            size = self.capacity_bytes // 4 - ENTRY_OVERHEAD
+            await tier.put_many({make_key(number): make_entry(size) for number in range(4)})
+            await tier.keep([make_key(0)], clock.now_s() + 1)
+            clock.advance(1)
+            await tier.put_many({make_key(4): make_entry(size)})
+            assert make_key(0) not in await tier.keys()
 
         self.run(body)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -46,6 +46,27 @@ class Entry(msgspec.Struct, frozen=True):
         )
 
 
+class Eviction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What leaves a tier first, and what does not. Shares are of its capacity, from 0 to 1."""
+
+    order: Literal["lru", "gdsf"] = "lru"
+    """As the policies of these names say (`policies`), the seconds and the size of an entry being `cost_s` and `size`. A tier
+    that is handed a `Policy` has that one's order instead."""
+    tenant_share: float = 1.0
+    """One tenant's entries fill at most so much: beyond it they make room for each other."""
+    keep_share: float = 0.25
+    """One tenant's kept entries (`Tier.keep`) fill at most so much, and those of all tenants three quarters."""
+
+
+ALL_KEPT_SHARE = 0.75
+
+
+def eviction(policy: str, *, tenant_share: float = 1.0, keep_share: float = 0.25) -> Eviction:
+    """As the policy of this name orders it, which is least recently used first where it is one of another package: processes
+    that share a medium need an order that all of them know."""
+    return Eviction("gdsf" if policy == "gdsf" else "lru", tenant_share, keep_share)
+
+
 class Erasure(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was erased: everything within `scope`, or else `keys`."""
 
@@ -57,8 +78,10 @@ class TierStats(msgspec.Struct, frozen=True):
     num_entries: int
     used_bytes: int
     capacity_bytes: int
+    kept_bytes: int = 0
+    """Of entries that may not be evicted now."""
     num_evicted: int = 0
-    """Evicted by this process since it started. So are the counts below."""
+    """By this process since it started. So is the count below."""
     num_damaged: int = 0
 
 
@@ -94,7 +117,11 @@ class Tier(Protocol):
         ...
 
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
-        """Store what fits; returns the keys that were stored. Each replaces what was under its key, fit or not.
+        """Store what fits; returns the keys that were stored. Each replaces what was under its key, fit or not, and whatever
+        `keep` said about that.
+
+        Room is made by evicting, in the order of `Eviction`, entries that are not kept: first entries of the same tenant
+        while that has more than its share, then any. What would not fit even so is not stored, and nothing is evicted for it.
 
         With `epoch`: store nothing at all if something was forgotten since `epoch()` was that.
         """
@@ -114,6 +141,15 @@ class Tier(Protocol):
 
     def touch(self, keys: Iterable[Key]) -> None:
         """`keys` were used in a faster tier. Immediate; unknown keys are fine."""
+        ...
+
+    async def keep(self, keys: Collection[Key], until_s: float) -> int:
+        """Do not evict these before `until_s` (seconds since the epoch); a time that has passed: from now on they may be.
+
+        How many of them are there and kept until then or longer. They are taken in the order of `keys`: those for which
+        the shares (`Eviction.keep_share`) leave no room are not kept. What is kept may be deleted, forgotten, replaced, and
+        expires. Is no use of them.
+        """
         ...
 
     def epoch(self) -> int:

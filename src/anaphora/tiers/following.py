@@ -74,6 +74,9 @@ class FollowingTier:
     def touch(self, keys: Iterable[Key]) -> None:
         self._inner.touch(keys)
 
+    async def keep(self, keys: Collection[Key], until_s: float) -> int:
+        return await self._inner.keep(keys, until_s)
+
     def epoch(self) -> int:
         return self._inner.epoch()
 

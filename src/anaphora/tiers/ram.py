@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
@@ -9,12 +11,14 @@ import msgspec
 from anaphora.clock import Clock
 from anaphora.events import Emit, Evicted, ignore
 from anaphora.policies.base import Policy
-from anaphora.tiers.base import EVERYTHING, Entry, TierStats
-from anaphora.types import Key, Scope
+from anaphora.tiers.base import ALL_KEPT_SHARE, EVERYTHING, Entry, Eviction, TierStats
+from anaphora.types import Key, Scope, Tenant
 
 
 class RamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capacity_bytes: int = 256 << 20
+    eviction: Eviction = Eviction()
+    """Its order is that of the policy the tier is given."""
 
 
 class RamTier:
@@ -24,11 +28,19 @@ class RamTier:
 
     def __init__(self, options: RamOptions, *, policy: Policy[Key], clock: Clock, emit: Emit = ignore) -> None:
         self._capacity = options.capacity_bytes
+        self._eviction = options.eviction
         self._policy = policy
         self._clock = clock
         self._emit = emit
         self._entries: dict[Key, Entry] = {}
         self._used = 0
+        self._used_by: Counter[Tenant] = Counter()
+        self._kept: dict[Key, float] = {}
+        """What is not to be evicted, and until when."""
+        self._kept_by: Counter[Tenant] = Counter()
+        """Bytes of it."""
+        self._kept_ends: list[tuple[float, Key]] = []
+        """A heap. An end that is not the one in `_kept` is passed over."""
         self._num_evicted = 0
 
     @property
@@ -46,16 +58,15 @@ class RamTier:
         return entry
 
     def put_now(self, key: Key, entry: Entry) -> bool:
-        """Store `entry`; False if it is larger than the whole tier."""
+        """Store `entry`; False if there is no room for it that may be made."""
         if key in self._entries:
             self._remove(key)
-        size = entry.size
-        if size > self._capacity:
+        if not self._make_room(entry.size, entry.tenant):
             return False
-        self._make_room(size)
         self._entries[key] = entry
-        self._policy.insert(key, size, entry.cost_s)
-        self._used += size
+        self._policy.insert(key, entry.size, entry.cost_s)
+        self._used += entry.size
+        self._used_by[entry.tenant] += entry.size
         return True
 
     def delete_now(self, keys: Iterable[Key]) -> int:
@@ -96,8 +107,24 @@ class RamTier:
     def epoch(self) -> int:
         return 0
 
+    async def keep(self, keys: Collection[Key], until_s: float) -> int:
+        now_s = self._clock.now_s()
+        self._let_go(now_s)
+        num_kept = 0
+        for key in dict.fromkeys(keys):
+            entry = self._entries.get(key)
+            if entry is None or entry.expired(now_s):
+                continue
+            if until_s <= now_s:
+                self._no_longer_kept(key)
+            elif key in self._kept or self._may_be_kept(entry):
+                self._keep(key, entry, until_s)
+                num_kept += 1
+        return num_kept
+
     async def stats(self) -> TierStats:
-        return TierStats(len(self._entries), self._used, self._capacity, self._num_evicted)
+        self._let_go(self._clock.now_s())
+        return TierStats(len(self._entries), self._used, self._capacity, self._kept_by.total(), self._num_evicted)
 
     async def aclose(self) -> None:
         self.forget_now(EVERYTHING)
@@ -108,20 +135,68 @@ class RamTier:
         return [key for key, entry in self._entries.items() if entry.within(scope)]
 
     def _remove(self, key: Key) -> None:
-        self._used -= self._entries.pop(key).size
+        self._no_longer_kept(key)
+        entry = self._entries.pop(key)
+        self._used -= entry.size
+        self._used_by[entry.tenant] -= entry.size
+        if not self._used_by[entry.tenant]:
+            del self._used_by[entry.tenant]
         self._policy.remove(key)
 
-    def _make_room(self, size: int) -> None:
-        """Evict until `size` more bytes fit. The caller has made sure that they can."""
-        need = self._used + size - self._capacity
-        if need <= 0:
-            return
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def _may_be_kept(self, entry: Entry) -> bool:
+        return (
+            self._kept_by[entry.tenant] + entry.size <= self._eviction.keep_share * self._capacity
+            and self._kept_by.total() + entry.size <= ALL_KEPT_SHARE * self._capacity
+        )
+
+    def _keep(self, key: Key, entry: Entry, until_s: float) -> None:
+        if key not in self._kept:
+            self._kept_by[entry.tenant] += entry.size
+        if until_s > self._kept.get(key, 0.0):
+            self._kept[key] = until_s
+            heapq.heappush(self._kept_ends, (until_s if entry.expires_at_s is None else min(until_s, entry.expires_at_s), key))
+
+    def _no_longer_kept(self, key: Key) -> None:
+        if self._kept.pop(key, None) is not None:
+            entry = self._entries[key]
+            self._kept_by[entry.tenant] -= entry.size
+            if not self._kept_by[entry.tenant]:
+                del self._kept_by[entry.tenant]
+
+    def _let_go(self, now_s: float) -> None:
+        """Of what is kept no longer."""
+        ends = self._kept_ends
+        while ends and ends[0][0] <= now_s:
+            _, key = heapq.heappop(ends)
+            if self._kept.get(key, now_s) <= now_s or self._entries[key].expired(now_s):
+                self._no_longer_kept(key)
+
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, size: int, tenant: Tenant) -> bool:
+        """Evict until `size` more bytes of `tenant` fit; False, and nothing was evicted, where they cannot."""
+        self._let_go(self._clock.now_s())
+        share = self._eviction.tenant_share * self._capacity
+        if size > self._capacity - self._kept_by.total() or size > share - self._kept_by[tenant]:
+            return False
+        if (excess := self._used_by[tenant] + size - share) > 0:
+            self._evict(excess, tenant)
+        if (excess := self._used + size - self._capacity) > 0:
+            self._evict(excess)
+        return True
+
+    def _evict(self, num_bytes: float, tenant: Tenant | None = None) -> None:
+        """At least so many, of `tenant` alone if one is given. The caller has made sure that they are there."""
         victims: list[Key] = []
         freed = 0
         for key in self._policy.victims():
+            if key in self._kept or (tenant is not None and self._entries[key].tenant != tenant):
+                continue
             victims.append(key)
             freed += self._entries[key].size
-            if freed >= need:
+            if freed >= num_bytes:
                 break
         for key in victims:
             self._remove(key)
