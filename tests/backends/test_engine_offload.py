@@ -22,9 +22,10 @@ from anaphora.errors import BackendFailed, TierFailed
 from anaphora.policies.lru import LRU
 from anaphora.store import Store, StoreOptions
 from anaphora.testing.valkey import ValkeyServer, server_program
+from anaphora.tiers.base import ENTRY_OVERHEAD
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
-from anaphora.types import Request, Sampling, Scope, Tenant
+from anaphora.types import Keep, Request, Sampling, Scope, Tenant
 
 if TYPE_CHECKING:
     from anaphora.testing.engines import Asked, Driver
@@ -272,6 +273,39 @@ def test_while_a_tier_forgets_the_engine_answers_and_nothing_stays_that_it_broug
     driver.core.forget(Scope())
     lives.end()
     assert lives.files() == []
+
+
+def test_what_is_always_found_in_the_pool_does_not_look_unused_on_disk(lives: Lives) -> None:
+    """Eleven prompts fit on disk. The first is asked again and again, and never read from there."""
+    hot = some_tokens(20 * BLOCK + 1, seed=50)
+    driver = lives.begin(capacity=240 * (ENTRY_OVERHEAD + 8192 + 1024))
+    driver.ask(raw(hot, max_tokens=1))
+    for seed in range(20):
+        driver.ask(raw(some_tokens(20 * BLOCK + 1, seed=100 + seed), max_tokens=1))
+        driver.core.flush(30.0)
+        assert reused(driver.ask(raw(hot, max_tokens=1))) >= 20 * BLOCK
+        driver.core.flush(30.0)
+    assert int(driver.core.stats()["kv_disk_blocks_loaded"]) == 0
+    again = lives.begin(capacity=240 * (ENTRY_OVERHEAD + 8192 + 1024))
+    assert reused(again.ask(raw(some_tokens(20 * BLOCK + 1, seed=100), max_tokens=1))) == 0, "this one had to leave"
+    assert reused(again.ask(raw(hot, max_tokens=1))) == 20 * BLOCK
+
+
+@pytest.mark.parametrize(("for_s", "stays"), [(3600.0, True), (300.0, False)])
+def test_what_is_promised_for_an_hour_outlives_what_would_evict_it_from_disk_and_the_process(
+    lives: Lives, for_s: float, stays: bool
+) -> None:
+    capacity = 240 * (ENTRY_OVERHEAD + 8192 + 1024)
+    promised = some_tokens(20 * BLOCK + 1, seed=50)
+    lives.begin(capacity=capacity).ask(raw(promised, max_tokens=1, keep=(Keep(20 * BLOCK, for_s),)))
+    for life in range(2):
+        driver = lives.begin(capacity=capacity)
+        for seed in range(15):
+            driver.ask(raw(some_tokens(20 * BLOCK + 1, seed=100 * life + seed), max_tokens=1))
+            driver.core.flush(30.0)
+    kept = int(driver.core.stats()["kv_disk_kept_bytes"])
+    assert reused(driver.ask(raw(promised, max_tokens=1))) == (20 * BLOCK if stays else 0)
+    assert bool(kept) is stays
 
 
 def test_a_tier_that_is_slower_than_computing_is_left_alone_and_says_so(lives: Lives, plain: Driver) -> None:

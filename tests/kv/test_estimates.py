@@ -89,3 +89,10 @@ def test_a_tier_that_did_not_pay_is_tried_again_after_a_while() -> None:
     assert estimates.worth(0, [("far", BYTES)], 100.0) == 0
     assert estimates.worth(0, [("far", BYTES)], 100.0 + RETRY_S - 1) == 0
     assert estimates.worth(0, [("far", BYTES)], 100.0 + RETRY_S) == 1
+
+
+def test_all_blocks_of_a_model_are_worth_the_same_wherever_they_stand_and_whoever_measured() -> None:
+    assert Estimates(BLOCK).block_s() is None
+    worths = {measured(per_token_s=1e-3 * factor).block_s() for factor in (0.95, 1.0, 1.05)}
+    assert worths == {2.0**-6}, "16 ms, as a power of two"
+    assert measured(per_token_s=1e-2).block_s() == 2.0**-3

@@ -76,8 +76,7 @@ class SlowerTiers:
             return False
         assert sequence.lease is not None
         saves = bool(new) and self._offload.save(Saving(sequence.lease, job.tenant, new))
-        if lasting[0]:
-            self._offload.keep(sequence.hashes[: lasting[0]], lasting[1])
+        self._offload.used(sequence.hashes[: sequence.num_committed], *lasting)
         return saves
 
     def pinned(self, sequence: Generation, num_blocks: int, until_s: float, now_s: float) -> None:

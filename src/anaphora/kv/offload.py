@@ -169,10 +169,12 @@ class Offload:
         self._start(lambda: self._save(saving, num_forgets))
         return True
 
-    def keep(self, hashes: Sequence[BlockHash], until_s: float) -> None:
-        """Do not evict these blocks from any tier before `until_s` (seconds since the epoch), once they are there: what
-        `save` was asked for earlier is waited for."""
-        self._start(lambda: self._keep([self._key(block_hash) for block_hash in hashes], until_s))
+    def used(self, hashes: Sequence[BlockHash], num_kept: int = 0, kept_until_s: float = 0.0) -> None:
+        """A sequence stood on these blocks, wherever they were: a tier that only knew what it is asked for would take those that
+        are always found in the pool for unused. The first `num_kept` of them no tier evicts before `kept_until_s` (seconds
+        since the epoch). Comes after what `save` was asked for earlier.
+        """
+        self._start(lambda: self._used([self._key(block_hash) for block_hash in hashes], num_kept, kept_until_s))
 
     def seek(self, fetch: Fetch) -> None:
         """Find out how many of its blocks are worth loading; it is `finished` when `num_found` says so."""
@@ -291,17 +293,18 @@ class Offload:
                         self.counters.dropped_blocks += len(new) - first
                         break
                     await self._save_batch(saving.tenant, new[first : first + self._batch], num_forgets)
-                self._store.touch(reversed(keys))  # what more prompts share leaves last
                 await self._look()
         except Exception:  # the answer was given long ago; nothing but the copy is lost
             log.exception("KV blocks could not be saved")
         finally:
             self._finish(saving)
 
-    async def _keep(self, keys: list[Key], until_s: float) -> None:
+    async def _used(self, keys: list[Key], num_kept: int, kept_until_s: float) -> None:
         async with self._saves:
-            await self._store.keep(keys, until_s)
-            await self._look()
+            self._store.touch(reversed(keys))  # what more prompts share leaves last
+            if num_kept:
+                await self._store.keep(keys[:num_kept], kept_until_s)
+                await self._look()
 
     async def _save_batch(self, tenant: Tenant, blocks: Sequence[NewBlock], num_forgets: int) -> None:
         mark = self._store.mark()
