@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+from tests.backends.prompts import BLOCK, raw, reused, some_tokens
 
 from anaphora.clock import SystemClock
 from anaphora.codecs.int8 import Int8
@@ -25,26 +26,13 @@ from anaphora.testing.valkey import ValkeyServer, server_program
 from anaphora.tiers.base import ENTRY_OVERHEAD
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
-from anaphora.types import Keep, Request, Sampling, Scope, Tenant
+from anaphora.types import Keep, Scope, Tenant
 
 if TYPE_CHECKING:
-    from anaphora.testing.engines import Asked, Driver
+    from anaphora.testing.engines import Driver
 
 MakeDriver = Callable[..., "Driver"]
-BLOCK = 16
 MIB = 1 << 20
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return [random.Random(seed * 100_000 + i).randrange(20, 400) for i in range(count)]
-
-
-def raw(tokens: Sequence[int], max_tokens: int = 8, **fields: Any) -> Request:
-    return Request("m", prompts=(tuple(tokens),), max_tokens=max_tokens, sampling=Sampling(temperature=0.0), **fields)
-
-
-def reused(asked: Asked) -> int:
-    return asked.completion.usage.kv_reused_tokens
 
 
 class Lives:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from tests.backends.prompts import BLOCK, raw, reused, some_tokens
+
 from anaphora.cli import main
 from anaphora.clock import SystemClock
 from anaphora.codecs.int8 import Int8
@@ -24,33 +25,19 @@ from anaphora.kv.stored import pack, unpack
 from anaphora.store import Store
 from anaphora.tiers.base import Entry
 from anaphora.tiers.disk import DiskOptions, DiskTier
-from anaphora.types import Keep, Key, Request, Sampling, Tenant
+from anaphora.types import Keep, Key, Tenant
 
 if TYPE_CHECKING:
-    from anaphora.testing.engines import Asked, Driver
+    from anaphora.testing.engines import Driver
 
 MakeDriver = Callable[..., "Driver"]
-BLOCK = 16
 MIB = 1 << 20
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return [random.Random(seed * 100_000 + i).randrange(20, 400) for i in range(count)]
 
 
 COMMON = some_tokens(160)
 PROMPTS = [[*COMMON, *some_tokens(90, seed=1)], [*COMMON, *some_tokens(40, seed=2)]]
 """Ten blocks that both stand on; 15 and 12 blocks in all."""
 ACME = Tenant("acme")
-
-
-def raw(tokens: list[int], **fields: Any) -> Request:
-    fields = {"max_tokens": 4, **fields}
-    return Request("m", prompts=(tuple(tokens),), sampling=Sampling(temperature=0.0), **fields)
-
-
-def reused(asked: Asked) -> int:
-    return asked.completion.usage.kv_reused_tokens
 
 
 @contextmanager

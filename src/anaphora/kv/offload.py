@@ -170,9 +170,9 @@ class Offload:
         return True
 
     def used(self, hashes: Sequence[BlockHash], num_kept: int = 0, kept_until_s: float = 0.0) -> None:
-        """A sequence stood on these blocks, wherever they were: a tier that only knew what it is asked for would take those that
-        are always found in the pool for unused. The first `num_kept` of them no tier evicts before `kept_until_s` (seconds
-        since the epoch). Comes after what `save` was asked for earlier.
+        """A sequence stood on these blocks, wherever they were: a tier that knew only of what it is asked for would take those
+        that are always found in the pool for unused. The first `num_kept` of them no tier evicts before `kept_until_s`
+        (seconds since the epoch). Comes after what `save` was asked for earlier.
         """
         self._start(lambda: self._used([self._key(block_hash) for block_hash in hashes], num_kept, kept_until_s))
 
