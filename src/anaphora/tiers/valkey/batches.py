@@ -6,14 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
-from anaphora.tiers.base import Entry
-from anaphora.types import Key
-
 B = TypeVar("B")
 T = TypeVar("T")
 
-_WRITE_ENTRIES = 64
-_WRITE_BYTES = 4 << 20
 _AT_ONCE = 2
 """Batches under way at a time: one is checked while the next one arrives."""
 _BUSY_BYTES = 256 << 10
@@ -26,20 +21,6 @@ async def on_a_thread(num_bytes: int, work: Callable[[], T]) -> T:
 
 def pieces(items: list[T], length: int) -> Iterator[list[T]]:
     return (items[start : start + length] for start in range(0, len(items), length))
-
-
-def writes(entries: dict[Key, Entry]) -> Iterator[dict[Key, Entry]]:
-    """Pieces that keep the server busy for a short time each."""
-    batch: dict[Key, Entry] = {}
-    size = 0
-    for key, entry in entries.items():
-        batch[key] = entry
-        size += entry.size
-        if size >= _WRITE_BYTES or len(batch) >= _WRITE_ENTRIES:
-            yield batch
-            batch, size = {}, 0
-    if batch:
-        yield batch
 
 
 async def each(batches: list[B], work: Callable[[B], Awaitable[T]]) -> AsyncIterator[T]:

@@ -16,9 +16,10 @@ import msgspec
 from anaphora.clock import Clock
 from anaphora.errors import ConfigError, TierFailed
 from anaphora.events import Damaged, Emit, Evicted, ignore
-from anaphora.tiers.base import EVERYTHING, Entry, Erasure, TierStats
+from anaphora.tiers.base import ALL_KEPT_SHARE, EVERYTHING, Entry, Erasure, Eviction, TierStats
+from anaphora.tiers.pieces import Uses, batches
 from anaphora.tiers.valkey import scripts
-from anaphora.tiers.valkey.batches import each, on_a_thread, pieces, writes
+from anaphora.tiers.valkey.batches import each, on_a_thread, pieces
 from anaphora.tiers.valkey.framing import packed, restored, unpacked
 from anaphora.tiers.valkey.servers import Access, Command, Reply, Servers, Unreachable
 from anaphora.types import Key, Scope
@@ -27,7 +28,7 @@ _CLUSTER_BUCKETS = 16
 _READ_ENTRIES = 16
 _ENTRIES = 500
 """Of one command that carries no values."""
-_MAX_TOUCHED = 1 << 14
+_MAX_USES = 1 << 14
 _FORBIDDEN = frozenset("{}*?[]\\")
 
 
@@ -48,6 +49,9 @@ class ValkeyOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How often a process that asks nothing looks for erasures by others: for so long it may use copies of its own."""
     rest_s: float = 1.0
     """For how long a server that could not be reached is left alone, except by those looks."""
+    eviction: Eviction = Eviction()
+    """Processes that share a server should agree on it, too: `ValkeyTier` tells what happens if they do not. In a cluster
+    shares are of each bucket."""
 
 
 class ValkeyTier:
@@ -56,6 +60,13 @@ class ValkeyTier:
     The epoch is the server's, as last heard: with every reply, and by looking every `poll_s`. So copies in this process
     outlive an erasure by another one for at most that long and a reply's way; while the server cannot be reached they stay
     in use, and the first reply afterwards ends that.
+
+    The order of leaving is the server's too: that of whoever was the last to put something for the first time. Where it
+    differs from the one before, everything is ranked anew, which takes the server up to half a minute for a million entries;
+    processes that had another order follow. Shares are each process's own, and so is the capacity: the smallest one wins.
+    Once a process limits what a tenant may fill, the server keeps an order of each tenant's entries until it is empty.
+
+    Uses are told with the next put, or within `poll_s`: several of one entry before that count as one.
     """
 
     name = "valkey"
@@ -70,9 +81,11 @@ class ValkeyTier:
         self._servers = Servers(access)
         self._tags = [f"{number:02x}" for number in range(_CLUSTER_BUCKETS if access.cluster else 1)]
         self._bucket_keys = [_keys_of(options.prefix, tag) for tag in self._tags]
-        self._touched: dict[Key, None] = {}
+        self._uses = Uses(_MAX_USES)
         self._since_s = clock.monotonic_s()
         self._met = False
+        self._agreed: set[int] = set()
+        """Buckets that have been told this process's order of leaving."""
         self._epoch = 0
         self._first_epoch = 0
         """Of the server when this process first heard from it, if nothing had been erased since this tier was made."""
@@ -87,12 +100,16 @@ class ValkeyTier:
     def capacity_bytes(self) -> int:
         return self._options.capacity_bytes
 
+    @property
+    def _bucket_bytes(self) -> int:
+        return self._options.capacity_bytes // len(self._tags)
+
     # -- entries -------------------------------------------------------------------------------------------------------
 
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
         found: dict[Key, Entry] = {}
-        batches = [(bucket, some) for bucket, all_keys in self._by_bucket(keys) for some in pieces(all_keys, _READ_ENTRIES)]
-        async for entries in each(batches, lambda batch: self._get(*batch)):
+        reads = [(bucket, some) for bucket, all_keys in self._by_bucket(keys) for some in pieces(all_keys, _READ_ENTRIES)]
+        async for entries in each(reads, lambda batch: self._get(*batch)):
             found.update(entries)
         self.touch(found)
         return found
@@ -112,12 +129,10 @@ class ValkeyTier:
 
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
         stored: set[Key] = set()
-        batches = [
-            (bucket, batch)
-            for bucket, keys in self._by_bucket(entries)
-            for batch in writes({key: entries[key] for key in keys})
+        writes = [
+            (bucket, some) for bucket, keys in self._by_bucket(entries) for some in batches({key: entries[key] for key in keys})
         ]
-        async for keys in each(batches, lambda batch: self._put(*batch, epoch)):
+        async for keys in each(writes, lambda batch: self._put(*batch, epoch)):
             stored |= keys
         return frozenset(stored)
 
@@ -146,12 +161,15 @@ class ValkeyTier:
         return list(found)
 
     def touch(self, keys: Iterable[Key]) -> None:
-        touched = self._touched
-        for key in keys:
-            touched.pop(key, None)  # to the end: the order of use
-            touched[key] = None
-            if len(touched) > _MAX_TOUCHED:
-                del touched[next(iter(touched))]
+        self._uses.note(keys)
+
+    async def keep(self, keys: Collection[Key], until_s: float) -> int:
+        shares = [int(share * self._bucket_bytes) for share in (self._options.eviction.keep_share, ALL_KEPT_SHARE)]
+        count = 0
+        for bucket, all_keys in self._by_bucket(keys):
+            for some in pieces(all_keys, _ENTRIES):
+                count += await self._run(bucket, scripts.KEEP, repr(until_s), *shares, *some)
+        return count
 
     def epoch(self) -> int:
         return 0 if self._epoch == self._first_epoch else self._epoch
@@ -171,12 +189,13 @@ class ValkeyTier:
         return epoch, tuple(found)
 
     async def stats(self) -> TierStats:
-        num_entries = used_bytes = 0
+        num_entries = used_bytes = kept_bytes = 0
         for bucket in range(len(self._tags)):
-            num, used = await self._run(bucket, scripts.TOTALS)
+            num, used, kept = await self._run(bucket, scripts.TOTALS)
             num_entries += num
             used_bytes += used
-        return TierStats(num_entries, used_bytes, self.capacity_bytes, self._num_evicted, self._num_damaged)
+            kept_bytes += kept
+        return TierStats(num_entries, used_bytes, self.capacity_bytes, kept_bytes, self._num_evicted, self._num_damaged)
 
     async def aclose(self) -> None:
         if self._closed:
@@ -186,15 +205,15 @@ class ValkeyTier:
             self._listener.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._listener
-        if self._met and self._touched:
+        if self._met and self._uses:
             with contextlib.suppress(TierFailed):  # only the order of use is lost
-                await self._tell_touched()
+                await self._tell_uses()
         await self._servers.aclose()
 
     # -- one batch -----------------------------------------------------------------------------------------------------
 
     async def _get(self, bucket: int, keys: list[Key]) -> dict[Key, Entry]:
-        index, _, _, state, _, place = self._bucket_keys[bucket]
+        index, _, _, state, *_, place = self._bucket_keys[bucket]
         metadata, values, epoch = await self._ask(
             bucket, [("HMGET", index, *keys), ("MGET", *[place + key for key in keys]), ("HGET", state, "epoch")]
         )
@@ -222,8 +241,8 @@ class ValkeyTier:
         await self._meet()
         if epoch is not None and epoch == 0:
             epoch = self._first_epoch
-        capacity = self._options.capacity_bytes // len(self._tags)
-        place = self._bucket_keys[bucket][5]
+        capacity = self._bucket_bytes
+        place = self._bucket_keys[bucket][-1]
         now_s = self._clock.now_s()
         framed = await on_a_thread(
             sum(len(entry.value) for entry in entries.values()),
@@ -241,11 +260,24 @@ class ValkeyTier:
                 left_ms = max(1, round((entry.expires_at_s - now_s) * 1000))
                 sets.append(("SET", place + key, entry.value, "PX", left_ms))
             words += (key, size, "" if entry.expires_at_s is None else repr(entry.expires_at_s), data)
-        touched = [key for key in self._touched if self._bucket(key) == bucket][:_ENTRIES]
-        for key in touched:
-            del self._touched[key]
-        script = self._script(bucket, scripts.PUT, capacity, "" if epoch is None else epoch, len(entries), *words, *touched)
+        used = [key for key in self._uses if self._bucket(key) == bucket][:_ENTRIES]
+        self._uses.take_of(used)
+        eviction = self._options.eviction
+        script = self._script(
+            bucket,
+            scripts.PUT,
+            capacity,
+            int(eviction.tenant_share * capacity),
+            int(ALL_KEPT_SHARE * capacity),
+            eviction.order,
+            "" if bucket in self._agreed else "1",
+            "" if epoch is None else epoch,
+            len(entries),
+            *words,
+            *used,
+        )
         *_, (heard, num_evicted, evicted_bytes, *stored) = await self._ask(bucket, [*sets, script])
+        self._agreed.add(bucket)
         self._heard(heard)
         if num_evicted:
             self._num_evicted += num_evicted
@@ -288,7 +320,7 @@ class ValkeyTier:
         """Values that no index knows: the server evicted parts of an index, or somebody removed them."""
         async for names in self._servers.scan(f"{self._options.prefix}{{*}}:v:*".encode()):
             for bucket, keys in enumerate(self._bucket_keys):
-                place = keys[5]
+                place = keys[-1]
                 seen = [name[len(place) :] for name in names if name.startswith(place)]
                 for some in pieces(seen, _ENTRIES):
                     await self._ask(bucket, [("EVAL", scripts.STRAYS, len(keys), *keys, *some)])
@@ -351,11 +383,10 @@ class ValkeyTier:
                 [epoch] = await self._servers.transact(self._tags[0], [("HGET", self._bucket_keys[0][3], "epoch")])
                 self._rest_until_s = float("-inf")
                 self._heard(int(epoch or 0))
-                await self._tell_touched()
+                await self._tell_uses()
 
-    async def _tell_touched(self) -> None:
-        touched, self._touched = self._touched, {}
-        for bucket, keys in self._by_bucket(touched):
+    async def _tell_uses(self) -> None:
+        for bucket, keys in self._by_bucket(self._uses.take()):
             for some in pieces(keys, _ENTRIES):
                 await self._transact(bucket, [self._script(bucket, scripts.TOUCH, *some)])
 
@@ -377,5 +408,5 @@ _decode_erasure = msgspec.msgpack.Decoder(Erasure).decode
 
 def _keys_of(prefix: str, tag: str) -> tuple[bytes, ...]:
     """The keys of a bucket, in the order of the scripts' KEYS; the last one is what the values' keys begin with."""
-    names = ("index", "order", "expiry", "state", "log", "v:")
+    names = ("index", "order", "expiry", "state", "log", "ranks", "turns", "kept", "uses", "tenants", "v:")
     return tuple([f"{prefix}{{{tag}}}:{name}".encode() for name in names])
