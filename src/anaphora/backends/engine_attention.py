@@ -1,11 +1,12 @@
 """Attention for packed batches over the KV arena: one registered function serves every transformers model.
 
 A batch packs the tokens of many sequences in one row of length T. Linear layers run over all of them at once; here each
-sequence's queries meet that sequence's own keys. Three cases, chosen by segment:
+sequence's queries meet that sequence's own keys. Four cases, chosen by segment:
 
 - one new token (decode): all such sequences at once in the compiled kernel (`engine_kernels`) where there is one; else the
   query heads that share a KV head become query rows of one small attention over the KV heads, so that no head is ever
   repeated in memory;
+- several new tokens, where there is a compiled kernel for them (`engine_prefill`): in that;
 - a prompt from its first token: plain causal attention;
 - new tokens over earlier ones: on CPU, attention over the past without a mask and over the new tokens with the causal
   flag, merged by their log-sum-exp (the kernels skip what a mask would make them compute); elsewhere torch's own
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from anaphora.backends.engine_kernels import DecodeAttention
+from anaphora.backends.engine_prefill import LEAST_ROWS, ROWS, TILE, WIDTH, PrefillAttention
 from anaphora.kv.pool import KVPool
 
 _numbers = itertools.count()
@@ -45,6 +47,8 @@ class PackedAttention:
         self.pool = pool
         self.decode: DecodeAttention | None = None
         """The compiled kernel for single tokens, where there is one."""
+        self.prefill: PrefillAttention | None = None
+        """The one for several."""
         self._decode_rows: torch.Tensor | None = None
         self.name = f"anaphora_{next(_numbers)}"
         """In transformers' registry, which is global: two models in one process must not take each other's attention."""
@@ -86,12 +90,15 @@ class PackedAttention:
         keys.index_copy_(1, self._slots, key[0])
         values.index_copy_(1, self._slots, value[0])
         out = torch.empty((1, query.shape[2], query.shape[1], query.shape[3]), dtype=query.dtype, device=query.device)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if self.decode is not None and self._decode_rows is not None:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             rows_of = self._decode_rows
             out[0, rows_of] = self.decode(layer, query[0].transpose(0, 1)[rows_of], scale)
         for s in self._segments:
             rows = slice(s.first, s.first + s.num_new)
+            if self.prefill is not None and s.num_new * query.shape[1] >= LEAST_ROWS * len(keys):
+                self.prefill(layer, query[0, :, rows].transpose(0, 1), s.extent, s.num_past, scale, out[0, rows])
+                continue
             end = s.extent + s.num_past + s.num_new
             k, v = keys[None, :, s.extent : end], values[None, :, s.extent : end]
             out[:, rows] = attend(query[:, :, rows], k, v, s.num_past, scaling).transpose(1, 2)
@@ -110,6 +117,21 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_past: int, sca
     if q.device.type == "cpu":
         return _attend_in_two(q, k, v, num_past, scale)
     return _attend_biased(q, k, v, num_past, scale)
+
+
+def prefill_agrees(group: int, dim: int) -> bool:
+    """Whether the compiled kernel can be used for such heads, and gives on this machine what torch gives: over the borders of
+    its tiles and blocks, with what a naive exponential would not survive."""
+    if dim % ROWS:
+        return False
+    num_past, num_new = TILE + 3, WIDTH + 1
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn((2, 2, num_past + num_new, dim), generator=generator)
+    queries = torch.randn((num_new, 2 * group, dim), generator=generator) * 30
+    out = torch.empty_like(queries)
+    PrefillAttention([keys], [values])(0, queries, 0, num_past, 1.0, out)
+    expected = attend(queries.transpose(0, 1)[None], keys[None], values[None], num_past, 1.0)[0].transpose(0, 1)
+    return torch.allclose(out, expected, rtol=1e-3, atol=1e-3)
 
 
 def _attend_biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_past: int, scale: float | None) -> torch.Tensor:

@@ -16,10 +16,11 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 
-from anaphora.backends.engine_attention import PackedAttention, Segment
+from anaphora.backends.engine_attention import PackedAttention, Segment, prefill_agrees
 from anaphora.backends.engine_kernels import DecodeAttention, can_compile
 from anaphora.backends.engine_layers import DecodeLayers, Weights, stack
 from anaphora.backends.engine_linear import MOST_ROWS, thin_linears
+from anaphora.backends.engine_prefill import PrefillAttention
 from anaphora.errors import ConfigError
 from anaphora.keys import digest
 from anaphora.kv.pool import KVPool, KVShape
@@ -207,6 +208,8 @@ class Model:
         self._weights: Weights | None = None
         """For the compiled layers, where the model has the architecture that they know."""
         self._layers: DecodeLayers | None = None
+        self._prefills = False
+        """Whether the compiled kernel for several new tokens is used."""
         text = config.get_text_config(decoder=True)
         heads = self._num_heads = int(text.num_attention_heads)
         self.kv_shape = KVShape(
@@ -225,6 +228,7 @@ class Model:
         self._attention.pool = pool
         if can_compile(self.kv_shape.dtype, self.device):
             self._attention.decode = DecodeAttention(pool.keys, pool.values, self._num_heads)
+            self._attention.prefill = PrefillAttention(pool.keys, pool.values) if self._prefills else None
             self._layers = DecodeLayers(self._net.base_model, self._weights, pool) if self._weights is not None else None
 
     def forward(
@@ -261,6 +265,7 @@ class Model:
         if can_compile(self.kv_shape.dtype, self.device):
             self._weights = stack(self._net.base_model, self.kv_shape, self._num_heads)
             thin_linears(self._net)
+            self._prefills = prefill_agrees(self._num_heads // self.kv_shape.num_kv_heads, self.kv_shape.head_dim)
         error = self._logit_error(tokens, expected, split)
         tolerance = 1e-3 if self.kv_shape.dtype == torch.float32 else 5e-2
         if self._weights is not None and not error <= tolerance:  # it only looked like that architecture
