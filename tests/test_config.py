@@ -75,6 +75,7 @@ def test_a_short_variable_means_the_same_as_the_long_one(path: str, short: str) 
         "engine.kv_memory": "9KiB",
         "engine.kv_disk": "9KiB",
         "engine.dtype": "float32",
+        "engine.quantization": "int8",
         "cache.shared": "redis://localhost",
     }.get(path, "localhost")
     long = "ANAPHORA_" + path.replace(".", "_").upper()

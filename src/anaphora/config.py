@@ -73,6 +73,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The id clients see and send. Empty: taken from `model`."""
     aliases: tuple[Name, ...] = ()
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantization: Literal["none", "int8"] = "none"
+    """Of the weights of the model's linear layers, while they are loaded."""
     device: Name = "auto"
     threads: Natural = 0
     """0: as many as the machine has physical cores."""
@@ -172,6 +174,7 @@ SHORT_VARIABLES = {
     "engine.kind": "ANAPHORA_ENGINE",
     "engine.model": "ANAPHORA_MODEL",
     "engine.dtype": "ANAPHORA_DTYPE",
+    "engine.quantization": "ANAPHORA_QUANTIZATION",
     "engine.kv_memory": "ANAPHORA_KV_MEMORY",
     "engine.kv_disk": "ANAPHORA_KV_DISK",
     "engine.kv_codec": "ANAPHORA_KV_CODEC",

@@ -80,6 +80,11 @@ def test_a_ready_engine_is_told_with_its_figures_and_how_to_ask_it() -> None:
     assert "authorization" not in ask
 
 
+def test_weights_that_are_not_as_they_were_are_told() -> None:
+    assert "(float32, int8, cpu, 8192 tokens" in told(Engine({**FIGURES, "quantization": "int8"}), READY)[0]
+    assert "(float32, cpu, 8192 tokens" in told(Engine({**FIGURES, "quantization": "none"}), READY)[0]
+
+
 def test_where_keys_are_needed_the_command_has_a_place_for_one() -> None:
     assert "authorization: Bearer" in told(Engine({}), READY, with_keys=True)[1]
 

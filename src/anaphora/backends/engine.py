@@ -44,12 +44,17 @@ _LONGEST_ADDRESS = 103
 """Bytes of a Unix socket's path: 108 on Linux, 104 on macOS, with a zero at the end."""
 
 
+Quantization = Literal["none", "int8"]
+
+
 class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the engine process is told. Sizes in bytes; 0 means that the engine chooses."""
 
     model: str = "smollm2"
     served_name: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantization: Quantization = "none"
+    """Of the weights."""
     device: str = "auto"
     kv_memory: int = 2 * GiB
     models_dir: str = ""

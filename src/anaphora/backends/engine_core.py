@@ -116,8 +116,9 @@ class EngineCore:
         models_dir = Path(options.models_dir).expanduser()
         prepare_kernels(models_dir.parent / "kernels")
         folder = materialise(source, models_dir, progress)
-        progress("loading weights")
-        self.model = Model(folder, dtype=dtype, device=device)
+        weights = str(dtype).removeprefix("torch.") if options.quantization == "none" else options.quantization
+        progress(f"loading weights ({weights})")
+        self.model = Model(folder, dtype=dtype, device=device, quantization=options.quantization)
         shape = self.model.kv_shape
         plan = plan_memory(
             options.kv_memory, shape.bytes_per_token, self.model.context, options.max_num_seqs, options.block_size
@@ -134,7 +135,7 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._template = Template(tokenizer, vocab_size=self.model.vocab_size)
         self._defaults = model_defaults(self.model.generation_defaults)
-        self._fingerprint = fingerprint(folder, dtype, options.block_size, models_dir)
+        self._fingerprint = fingerprint(folder, dtype, options.block_size, models_dir, quantization=options.quantization)
         self._cache = KVCache(
             plan.num_blocks,
             options.block_size,
@@ -328,6 +329,7 @@ class EngineCore:
             "resident_bytes": _resident_bytes(),
             "model": self.info.id,
             "dtype": str(self.model.kv_shape.dtype).removeprefix("torch."),
+            "quantization": self._options.quantization,
             "device": str(self.model.device),
         }
 

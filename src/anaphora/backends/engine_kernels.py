@@ -107,10 +107,14 @@ def _content(thing: Any) -> str:
     function = getattr(thing, "py_func", None) or getattr(thing, "_defn", None) or thing
     if not isinstance(function, FunctionType):
         return repr(thing)
-    code = function.__code__
-    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
     cells = [_content(cell.cell_contents) for cell in function.__closure__ or ()]
-    return repr((code.co_code, code.co_names, constants, cells))
+    return repr((_instructions(function.__code__), cells))
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    """With those of the functions and comprehensions in it; without places, which are other ones in every process."""
+    constants = [_instructions(constant) if isinstance(constant, CodeType) else constant for constant in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 @functools.cache

@@ -22,10 +22,12 @@ import torch
 from torch import nn
 
 from anaphora.backends.engine_kernels import Kernel, jit, merge, num_parts, part_of_attention
-from anaphora.backends.engine_linear import LEAST_WEIGHTS, TILE
+from anaphora.backends.engine_linear import LEAST_WEIGHTS, TILE, dot_rows, is_linear, weight_of
+from anaphora.backends.engine_quantized import QuantizedLinear
 from anaphora.kv.pool import KVPool, KVShape
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+Matrices = Array | np.ndarray[Any, np.dtype[np.int8]]
 
 _NOTHING: Array = np.empty((0, 0), dtype=np.float32)
 
@@ -36,18 +38,23 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class Weights(msgspec.Struct, frozen=True):
-    """Of all layers, stacked: [layers, out, in] and [layers, out]. Arrays of size 0 stand for what a model does not have."""
+    """Of all layers, stacked: [layers, out, in], [layers, out], and for weights in 8 bits scales [layers, out, groups]. Arrays
+    of size 0 stand for what a model does not have."""
 
     before_attention: Array
-    qkv: Array
+    qkv: Matrices
+    qkv_scales: Array
     qkv_bias: Array
     query_norm: Array
     key_norm: Array
-    out: Array
+    out: Matrices
+    out_scales: Array
     out_bias: Array
     before_mlp: Array
-    gate_up: Array
-    down: Array
+    gate_up: Matrices
+    gate_up_scales: Array
+    down: Matrices
+    down_scales: Array
     last_norm: Array
     epsilon: float
     """Of the norms."""
@@ -76,18 +83,26 @@ def stack(base: Any, shape: KVShape, heads: int) -> Weights | None:
     attention: list[Any] = [layer.self_attn for layer in layers]
     mlp: list[Any] = [layer.mlp for layer in layers]
     qkv = [[a.q_proj, a.k_proj, a.v_proj] for a in attention]
+    out = [[a.o_proj] for a in attention]
+    gate_up = [[m.gate_proj, m.up_proj] for m in mlp]
+    down = [[m.down_proj] for m in mlp]
     normed = hasattr(attention[0], "q_norm")
+    name = "values" if isinstance(attention[0].q_proj, QuantizedLinear) else "weight"
     return Weights(
         before_attention=_stacked([[layer.input_layernorm] for layer in layers]),
-        qkv=_stacked(qkv),
+        qkv=_stacked(qkv, name),
+        qkv_scales=_stacked_scales(qkv),
         qkv_bias=_stacked_biases(qkv),
         query_norm=_stacked([[a.q_norm] for a in attention]) if normed else _NOTHING,
         key_norm=_stacked([[a.k_norm] for a in attention]) if normed else _NOTHING,
-        out=_stacked([[a.o_proj] for a in attention]),
-        out_bias=_stacked_biases([[a.o_proj] for a in attention]),
+        out=_stacked(out, name),
+        out_scales=_stacked_scales(out),
+        out_bias=_stacked_biases(out),
         before_mlp=_stacked([[layer.post_attention_layernorm] for layer in layers]),
-        gate_up=_stacked([[m.gate_proj, m.up_proj] for m in mlp]),
-        down=_stacked([[m.down_proj] for m in mlp]),
+        gate_up=_stacked(gate_up, name),
+        gate_up_scales=_stacked_scales(gate_up),
+        down=_stacked(down, name),
+        down_scales=_stacked_scales(down),
         last_norm=last.weight.detach().numpy(),
         epsilon=epsilons.pop(),
         scale=scales.pop(),
@@ -112,8 +127,9 @@ def _fits(layer: Any, shape: KVShape, heads: int) -> bool:
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in _QUERY_KEY_NORMS & _children(attention)]
     return (
-        all(type(linear) is nn.Linear for linear in linears)
-        and attention.q_proj.weight.numel() >= LEAST_WEIGHTS
+        all(is_linear(linear) for linear in linears)
+        and len({type(linear) for linear in linears}) == 1
+        and weight_of(attention.q_proj).numel() >= LEAST_WEIGHTS
         and attention.q_proj.out_features == heads * shape.head_dim
         and attention.k_proj.out_features == attention.v_proj.out_features == shape.num_kv_heads * shape.head_dim
         and all(linear.bias is None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -131,16 +147,22 @@ def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _stacked(modules: list[list[Any]]) -> Array:
-    """The weights [layers, sum of the rows of a layer's modules, ...], of which the modules' own become views."""
-    rows = sum(module.weight.shape[0] for module in modules[0])
-    together = torch.empty((len(modules), rows, *modules[0][0].weight.shape[1:]))
-    for target, layer in zip(together, modules, strict=True):
-        views = target.split([module.weight.shape[0] for module in layer])
-        for module, view in zip(layer, views, strict=True):
-            view.copy_(module.weight.detach())
-            module.weight.data = view
+def _stacked(modules: list[list[Any]], name: str = "weight") -> Any:
+    """The tensors of that name [layers, sum of the rows of a layer's modules, ...], of which the modules' own become views."""
+    tensors = [[getattr(module, name) for module in layer] for layer in modules]
+    rows = [len(tensor) for tensor in tensors[0]]
+    together = torch.empty((len(tensors), sum(rows), *tensors[0][0].shape[1:]), dtype=tensors[0][0].dtype)
+    for target, layer in zip(together, tensors, strict=True):
+        for tensor, view in zip(layer, target.split(rows), strict=True):
+            view.copy_(tensor.detach())
+            tensor.data = view
     return together.numpy()
+
+
+def _stacked_scales(modules: list[list[Any]]) -> Any:
+    if isinstance(modules[0][0], QuantizedLinear):
+        return _stacked(modules, "scales")
+    return np.empty((len(modules), sum(linear.out_features for linear in modules[0]), 0), dtype=np.float32)
 
 
 def _stacked_biases(modules: list[list[Any]]) -> Array:
@@ -161,7 +183,8 @@ class DecodeLayers:
         self._group = weights.out.shape[2] // (self._kv_heads * self._dim)
         self._threads = torch.get_num_threads()
         biased = weights.qkv_bias.size > 0, weights.out_bias.size > 0
-        self._run = _build(self._group, self._dim, *biased, weights.query_norm.size > 0)
+        quantized = weights.qkv_scales.size > 0
+        self._run = _build(self._group, self._dim, *biased, weights.query_norm.size > 0, quantized)
 
     def __call__(
         self, tokens: torch.Tensor, positions: torch.Tensor, starts: Sequence[int], lengths: Sequence[int]
@@ -180,14 +203,15 @@ class DecodeLayers:
         self._run(
             rows.numpy(), cos[0].numpy(), sin[0].numpy(), self._arena,
             np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64), parts, sums, scores,
-            w.before_attention, w.qkv, w.qkv_bias, w.query_norm, w.key_norm, w.out, w.out_bias, w.before_mlp, w.gate_up, w.down,
-            w.last_norm, np.float32(w.epsilon), np.float32(w.scale),
+            w.before_attention, w.qkv, w.qkv_scales, w.qkv_bias, w.query_norm, w.key_norm, w.out, w.out_scales, w.out_bias,
+            w.before_mlp, w.gate_up, w.gate_up_scales, w.down, w.down_scales, w.last_norm,
+            np.float32(w.epsilon), np.float32(w.scale),
         )  # fmt: skip
         return rows
 
 
 @functools.lru_cache
-def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: bool) -> Kernel:
+def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: bool, quantized: bool) -> Kernel:
     """The function for one kind of model: what it does not have is not compiled."""
     import numba
 
@@ -201,24 +225,6 @@ def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: boo
         for i in range(row.size):
             out[i] = weight[i] * (row[i] * factor)
 
-    def dot_rows(rows: Any, weight: Any, out: Any, column: int) -> None:
-        """out[m, column] = rows[m] · weight; four rows share each pass over the weight."""
-        num_rows, num_in = rows.shape
-        for m in range(0, num_rows - 3, 4):
-            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for i in range(num_in):
-                w = weight[i]
-                a += rows[m, i] * w
-                b += rows[m + 1, i] * w
-                c += rows[m + 2, i] * w
-                d += rows[m + 3, i] * w
-            out[m, column], out[m + 1, column], out[m + 2, column], out[m + 3, column] = a, b, c, d
-        for m in range(num_rows - num_rows % 4, num_rows):
-            a = np.float32(0)
-            for i in range(num_in):
-                a += rows[m, i] * weight[i]
-            out[m, column] = a
-
     def turn(vector: Any, cos: Any, sin: Any) -> None:
         """Rotary embedding in place, the halves of a head being the two coordinates (Su et al., "RoFormer", 2021)."""
         for i in range(half):
@@ -227,12 +233,13 @@ def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: boo
             vector[half + i] = b * cos[half + i] + a * sin[half + i]
 
     attend, merge_parts = part_of_attention(group, dim), merge(group, dim)
-    norm, dot_rows, turn = jit(norm), jit(dot_rows), jit(turn)
+    norm, dot, turn = jit(norm), dot_rows(quantized), jit(turn)
 
     def run(
         hidden: Any, cos: Any, sin: Any, arena: Any, starts: Any, lengths: Any, parts: int, sums: Any, scores: Any,
-        before_attention: Any, qkv: Any, qkv_bias: Any, query_norm: Any, key_norm: Any, out: Any, out_bias: Any,
-        before_mlp: Any, gate_up: Any, down: Any, last_norm: Any, epsilon: Any, scale: Any,
+        before_attention: Any, qkv: Any, qkv_scales: Any, qkv_bias: Any, query_norm: Any, key_norm: Any, out: Any,
+        out_scales: Any, out_bias: Any, before_mlp: Any, gate_up: Any, gate_up_scales: Any, down: Any, down_scales: Any,
+        last_norm: Any, epsilon: Any, scale: Any,
     ) -> None:  # fmt: skip
         num_rows, width = hidden.shape
         num_layers, kv_heads = arena.shape[0], arena.shape[2]
@@ -249,7 +256,7 @@ def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: boo
                 norm(hidden[m], before_attention[layer], epsilon, normed_rows[m])
             for tile in numba.prange((num_qkv + TILE - 1) // TILE):
                 for r in range(tile * TILE, min((tile + 1) * TILE, num_qkv)):
-                    dot_rows(normed_rows, qkv[layer, r], projected, r)
+                    dot(normed_rows, qkv[layer, r], qkv_scales[layer, r], projected, r)
             for m in range(num_rows):
                 if qkv_biased:
                     for i in range(num_qkv):
@@ -281,7 +288,7 @@ def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: boo
                     merge_parts(sums[first_task : first_task + parts], o)
             for tile in numba.prange((width + TILE - 1) // TILE):
                 for r in range(tile * TILE, min((tile + 1) * TILE, width)):
-                    dot_rows(attended, out[layer, r], added, r)
+                    dot(attended, out[layer, r], out_scales[layer, r], added, r)
             for m in range(num_rows):
                 for i in range(width):
                     hidden[m, i] += added[m, i]
@@ -291,16 +298,16 @@ def _build(group: int, dim: int, qkv_biased: bool, out_biased: bool, normed: boo
                 norm(hidden[m], before_mlp[layer], epsilon, normed_rows[m])
             for tile in numba.prange((inner + TILE - 1) // TILE):
                 for r in range(tile * TILE, min((tile + 1) * TILE, inner)):
-                    dot_rows(normed_rows, gate_up[layer, r], gates, r)
+                    dot(normed_rows, gate_up[layer, r], gate_up_scales[layer, r], gates, r)
                 for r in range(tile * TILE, min((tile + 1) * TILE, inner)):
-                    dot_rows(normed_rows, gate_up[layer, inner + r], ups, r)
+                    dot(normed_rows, gate_up[layer, inner + r], gate_up_scales[layer, inner + r], ups, r)
                 for m in range(num_rows):
                     for r in range(tile * TILE, min((tile + 1) * TILE, inner)):
                         gate = gates[m, r]
                         gates[m, r] = gate / (np.float32(1) + np.float32(math.exp(-gate))) * ups[m, r]
             for tile in numba.prange((width + TILE - 1) // TILE):
                 for r in range(tile * TILE, min((tile + 1) * TILE, width)):
-                    dot_rows(gates, down[layer, r], added, r)
+                    dot(gates, down[layer, r], down_scales[layer, r], added, r)
             for m in range(num_rows):
                 for i in range(width):
                     hidden[m, i] += added[m, i]

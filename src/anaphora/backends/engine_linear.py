@@ -3,7 +3,8 @@
 A decode step has one row per stream. Its products then cost what reading the weights costs, if every weight is read once and
 all cores read; torch's float32 product leaves a core idle with one row and falls off with a few. The kernel here, compiled by
 numba where that is installed, takes up to `MOST_ROWS` rows (`docs/decisions/0005-cpu-kernels.md` has the figures); larger
-batches stay with torch. Layers that read the same input (q, k and v; gate and up) become one product.
+batches stay with torch. Layers that read the same input (q, k and v; gate and up) become one product. Where the weights are in
+8 bits (`engine_quantized`), so are the kernel's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anaphora.backends.engine_kernels import REASSOCIATE, Kernel
+from anaphora.backends import engine_quantized
+from anaphora.backends.engine_kernels import Kernel, jit
+from anaphora.backends.engine_quantized import QuantizedLinear
+
+Linear = nn.Linear | QuantizedLinear
 
 MOST_ROWS = 16
 LEAST_WEIGHTS = 64 * 1024
@@ -28,30 +33,39 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class ThinLinear(nn.Module):
-    """Takes over one or several `nn.Linear` with the same input; their outputs lie one behind the other."""
+    """Takes over one or several linear layers with the same input; their outputs lie one behind the other."""
 
-    def __init__(self, *linears: nn.Linear) -> None:
+    def __init__(self, *linears: Linear) -> None:
         super().__init__()
-        weights = [linear.weight.detach() for linear in linears]
+        weights = [weight_of(linear) for linear in linears]
         # A single layer's weight is shared, not copied: it may be tied to the embeddings.
         self._weight = weights[0].contiguous() if len(weights) == 1 else _joined(weights)
         self._array = self._weight.numpy()
         self._bias = None if all(linear.bias is None for linear in linears) else torch.cat(list(map(_bias, linears)))
-        self._kernel = _build() if self._weight.numel() >= LEAST_WEIGHTS else None
+        self._scales = np.empty((len(self._weight), 0), dtype=np.float32)
+        self._quantized: QuantizedLinear | None = None
+        if isinstance(linears[0], QuantizedLinear):
+            scales = _joined([linear.scales for linear in linears if isinstance(linear, QuantizedLinear)])
+            self._scales = scales.numpy()
+            self._quantized = QuantizedLinear(self._weight, scales, self._bias, linears[0].scratch)
+        self._kernel = _build(self._quantized is not None) if self._weight.numel() >= LEAST_WEIGHTS else None
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         num_out, num_in = self._weight.shape
         if self._kernel is None or rows.numel() > MOST_ROWS * num_in:
+            if self._quantized is not None:
+                return self._quantized(rows)  # type: ignore[no-any-return]
             return F.linear(rows, self._weight, self._bias)
         product = torch.empty((*rows.shape[:-1], num_out))
-        self._kernel(rows.contiguous().view(-1, num_in).numpy(), self._array, product.view(-1, num_out).numpy())
+        flat = rows.contiguous().view(-1, num_in)
+        self._kernel(flat.numpy(), self._array, self._scales, product.view(-1, num_out).numpy())
         return product if self._bias is None else product.add_(self._bias)
 
 
 class _Shared:
     """The last product of layers that are computed together, until its last part is taken."""
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
+    def __init__(self, linears: list[Linear]) -> None:
         self._together = ThinLinear(*linears)
         self._sizes = [linear.out_features for linear in linears]
         self._rows: torch.Tensor | None = None
@@ -91,13 +105,13 @@ class FusedNorm(nn.Module):
 
 
 def thin_linears(net: nn.Module) -> None:
-    """Replace every plain `nn.Linear` and every RMSNorm below `net`, in place. Subclasses of `nn.Linear` do something else and
-    are left alone."""
+    """Replace every plain `nn.Linear`, every `QuantizedLinear` and every RMSNorm below `net`, in place. Other subclasses of
+    `nn.Linear` do something else and are left alone."""
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon") and hasattr(child, "weight"):
                 setattr(module, name, FusedNorm(child))
-        plain = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
+        plain: dict[str, Any] = {name: child for name, child in module.named_children() if is_linear(child)}
         for names in _TOGETHER:
             linears = [plain.pop(name) for name in names] if plain.keys() >= set(names) else []
             if linears:
@@ -106,6 +120,16 @@ def thin_linears(net: nn.Module) -> None:
                     setattr(module, name, PartOfLinear(shared, index))
         for name, linear in plain.items():
             setattr(module, name, ThinLinear(linear))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it computes rows · weights + bias and nothing else. A subclass may do more."""
+    return type(module) in (nn.Linear, QuantizedLinear)
+
+
+def weight_of(linear: Linear) -> torch.Tensor:
+    """[out, in]: the weights, or the whole numbers that stand for them."""
+    return linear.values if isinstance(linear, QuantizedLinear) else linear.weight.detach()
 
 
 def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
@@ -119,34 +143,48 @@ def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
     return first.as_strided((end // first.shape[1], first.shape[1]), (first.shape[1], 1))
 
 
-def _bias(linear: nn.Linear) -> torch.Tensor:
+def _bias(linear: Linear) -> torch.Tensor:
     return torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
 
 
 @functools.cache
-def _build() -> Kernel:
+def dot_rows(quantized: bool) -> Any:
+    """Compiled `(rows [m, in], weight [in], scales [groups], out [m, n], column)`: out[:, column] = rows · weight; four rows
+    share each pass over the weight."""
+    if quantized:
+        return engine_quantized.dot_rows()
+
+    def dot(rows: Any, weight: Any, scales: Any, out: Any, column: int) -> None:
+        num_rows, num_in = rows.shape
+        for m in range(0, num_rows - 3, 4):
+            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for i in range(num_in):
+                w = weight[i]
+                a += rows[m, i] * w
+                b += rows[m + 1, i] * w
+                c += rows[m + 2, i] * w
+                d += rows[m + 3, i] * w
+            out[m, column], out[m + 1, column], out[m + 2, column], out[m + 3, column] = a, b, c, d
+        for m in range(num_rows - num_rows % 4, num_rows):
+            a = np.float32(0)
+            for i in range(num_in):
+                a += rows[m, i] * weight[i]
+            out[m, column] = a
+
+    return jit(dot)
+
+
+@functools.cache
+def _build(quantized: bool) -> Kernel:
     import numba
 
-    def multiply(rows: Any, weight: Any, product: Any) -> None:
-        """product[m, r] = rows[m] · weight[r]; four rows of the batch share each pass over a weight row."""
-        num_rows, num_in = rows.shape
+    dot = dot_rows(quantized)
+
+    def multiply(rows: Any, weight: Any, scales: Any, product: Any) -> None:
         num_out = weight.shape[0]
         for tile in numba.prange((num_out + TILE - 1) // TILE):
             for r in range(tile * TILE, min((tile + 1) * TILE, num_out)):
-                for m in range(0, num_rows - 3, 4):
-                    a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-                    for i in range(num_in):
-                        w = weight[r, i]
-                        a += rows[m, i] * w
-                        b += rows[m + 1, i] * w
-                        c += rows[m + 2, i] * w
-                        d += rows[m + 3, i] * w
-                    product[m, r], product[m + 1, r], product[m + 2, r], product[m + 3, r] = a, b, c, d
-                for m in range(num_rows - num_rows % 4, num_rows):
-                    a = np.float32(0)
-                    for i in range(num_in):
-                        a += rows[m, i] * weight[r, i]
-                    product[m, r] = a
+                dot(rows, weight[r], scales[r], product, r)
 
-    kernel: Kernel = numba.njit(multiply, parallel=True, nogil=True, fastmath=REASSOCIATE, cache=True)
+    kernel: Kernel = jit(multiply, parallel=True, nogil=True)
     return kernel

@@ -16,11 +16,13 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 
+from anaphora.backends.engine import Quantization
 from anaphora.backends.engine_attention import PackedAttention, Segment, prefill_agrees
 from anaphora.backends.engine_kernels import DecodeAttention, can_compile
 from anaphora.backends.engine_layers import DecodeLayers, Weights, stack
 from anaphora.backends.engine_linear import MOST_ROWS, thin_linears
 from anaphora.backends.engine_prefill import PrefillAttention
+from anaphora.backends.engine_quantized import GROUP, quantise
 from anaphora.errors import ConfigError
 from anaphora.keys import digest
 from anaphora.kv.pool import KVPool, KVShape
@@ -128,12 +130,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def fingerprint(folder: Path, dtype: torch.dtype, block_size: int, memo_dir: Path) -> str:
-    """Hex digest over everything the KV of this model depends on: weights, config, tokenizer, template, dtype, block layout.
+def fingerprint(
+    folder: Path, dtype: torch.dtype, block_size: int, memo_dir: Path, *, quantization: Quantization = "none"
+) -> str:
+    """Hex digest over everything the KV of this model depends on: weights and what became of them, config, tokenizer, template,
+    dtype, block layout.
 
     Weights are read once per (path, size, mtime); the digest is kept in `memo_dir`.
     """
     parts = [_ENGINE_REVISION.encode(), str(dtype).encode(), str(block_size).encode()]
+    if quantization != "none":
+        parts += [b"quantization", f"{quantization} by {GROUP}".encode()]
     for path in sorted(folder.iterdir()):
         if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt", ".bin"} and path.is_file():
             parts += [path.name.encode(), _memoised_identity(path, memo_dir).encode()]
@@ -189,7 +196,7 @@ class Model:
     recurrent state, and any architecture whose logits through the packed attention differ from transformers' own.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, quantization: Quantization = "none") -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with unreadable_is_refused(folder):
@@ -202,6 +209,9 @@ class Model:
             # transformers would go on with random numbers in their place.
             raise ConfigError(f"{folder} lacks {len(missing)} of its model's weights: {', '.join(missing[:3])} ...")
         self.device = device
+        self._quantization = quantization
+        if quantization == "int8":
+            quantise(net, dtype)
         self._net: Any = net.to(device).eval()
         self._attention = PackedAttention()
         self._attention.register()
@@ -256,7 +266,7 @@ class Model:
         length, split = 24, 17
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.vocab_size, (length,), generator=generator).tolist()
-        with torch.inference_mode():
+        with torch.inference_mode(), self._quantised_layers_suffice():
             expected = self._net(input_ids=torch.tensor([tokens], device=self.device), use_cache=False).logits[0].float()
         try:
             self._net.set_attn_implementation(self._attention.name)
@@ -276,6 +286,19 @@ class Model:
                 f"this architecture cannot be cached correctly: its logits on the engine's attention are off by {error:.1e} "
                 f"of their range (allowed: {tolerance:.0e}); serve it with vLLM instead"
             )
+
+    @contextlib.contextmanager
+    def _quantised_layers_suffice(self) -> Iterator[None]:
+        """Modules that use a linear layer's weight by themselves do not find it where it is in 8 bits: a ConfigError."""
+        try:
+            yield
+        except (RuntimeError, TypeError, AttributeError) as cause:
+            if self._quantization == "none":
+                raise
+            raise ConfigError(
+                f"engine.quantization = {self._quantization!r} does not work for {type(self._net).__name__} ({cause}); "
+                "set engine.quantization = 'none' for this model"
+            ) from cause
 
     def _logit_error(self, tokens: list[int], expected: torch.Tensor, split: int) -> float:
         """How far the logits are off, as a share of their range: tokens up to `split`, the rest but one, and the last."""

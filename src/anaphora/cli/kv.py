@@ -57,7 +57,8 @@ EXPORT_EXAMPLES = """\
 IMPORT_EXAMPLES = """\
   anaphora kv import manual.kv
   anaphora kv import manual.kv --cache-dir /srv/anaphora
-It is used by engines with the same model, dtype and block size, for the same tenant: docs/kv.md.
+It is used by engines with the same model, dtype, quantization and block size, for the same
+tenant: docs/kv.md.
 """
 
 

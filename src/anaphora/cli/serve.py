@@ -21,6 +21,7 @@ FLAGS = (
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
     ("cache.shared", "--shared", "URL", "Valkey or Redis server that shares answers, such as redis://host:6379/0"),
     ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),
+    ("engine.quantization", "--quantization", "KIND", "weights in 8 bits: none or int8"),
 )
 """(setting, flag, placeholder, help)."""
 

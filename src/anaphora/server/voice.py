@@ -106,7 +106,8 @@ class Announcer:
 def ready_lines(url: str, models: Sequence[ModelInfo], stats: Mapping[str, Any], *, with_keys: bool) -> tuple[str, str]:
     """What is ready where, and a command that asks it."""
     model = models[0].id if models else "no model"
-    figures = [str(stats[name]) for name in ("dtype", "device") if name in stats]
+    names = ("dtype", "quantization", "device")
+    figures = [str(stats[name]) for name in names if name in stats and (name, stats[name]) != ("quantization", "none")]
     if "context_tokens" in stats:
         figures.append(f"{stats['context_tokens']} tokens of context")
     shown = f"{model} ({', '.join(figures)})" if figures else model
