@@ -88,6 +88,10 @@ class SlowTier:
     def touch(self, keys: Iterable[Key]) -> None:
         self.inner.touch(keys)
 
+    async def keep(self, keys: Collection[Key], until_s: float) -> int:
+        await self.pass_gate()
+        return await self.inner.keep(keys, until_s)
+
     def epoch(self) -> int:
         return self.current_epoch
 
@@ -548,6 +552,27 @@ def test_what_was_touched_last_leaves_last(tmp_path: Path) -> None:
         await store.aclose()
         again = disk(clock, tmp_path, MIB)
         assert set(await again.keys()) == {make_key(number) for number in (0, 1, 4, 5)}
+        await again.aclose()
+
+    run(body())
+
+
+def test_what_is_kept_is_kept_in_every_tier_that_can_be_reached(tmp_path: Path) -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        size = 100 + ENTRY_OVERHEAD
+        gone = SlowTier(clock)
+        store = Store((ram(clock, 4 * size), disk(clock, tmp_path, 4 * size), gone), clock=clock)
+        store.put(make_key(0), b"x" * 100, tenant=A)
+        await store.flush()
+        gone.failing = "away"
+        assert await store.keep([make_key(0), make_key("unknown")], clock.now_s() + 60) == {"ram": 1, "disk": 1}
+        for number in range(1, 9):
+            store.put(make_key(number), b"x" * 100, tenant=A)
+        await store.flush()
+        await store.aclose()
+        again = disk(clock, tmp_path, MIB)
+        assert make_key(0) in await again.keys()
         await again.aclose()
 
     run(body())

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,7 +128,7 @@ def test_the_kernel_for_several_tokens_is_causal_softmax_attention(
         # The highest score takes all, but for those that come near it.
         scores = q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)
         rows, columns = torch.arange(num_new)[:, None] + num_past, torch.arange(num_past + num_new)[None, :]
-        best = scores.masked_fill(columns > rows, -torch.inf).topk(min(2, num_past + 1), -1).values
+        best = scores.masked_fill(columns > rows, -torch.inf).topk(min(2, num_past + num_new), -1).values
         clear = (best[..., 0] - best[..., -1] > 0.05) | (best.shape[-1] == 1)
         assert torch.isfinite(out).all()
         expected = naive(q * magnitude, k, v, num_past, scale)
@@ -205,10 +206,16 @@ def test_few_query_rows_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None
     attention.prefill = PrefillAttention(pool.keys, pool.values)
     seen: list[int] = []
     kernel = attention.prefill._attend
-    monkeypatch.setattr(attention.prefill, "_attend", lambda rows, *rest: (seen.append(len(rows)), kernel(rows, *rest)))
+
+    def attend(rows: Any, *rest: Any) -> None:
+        seen.append(len(rows))
+        kernel(rows, *rest)
+
+    monkeypatch.setattr(attention.prefill, "_attend", attend)
     for num_new in (LEAST_ROWS // 2 - 1, LEAST_ROWS // 2):
         attention.begin((Segment(0, num_new, 0, 0),), torch.device("cpu"))
-        attention(Layer(), *(torch.randn((1, heads, num_new, DIM)) for heads in (2, 1, 1)), None)
+        q, k, v = (torch.randn((1, heads, num_new, DIM)) for heads in (2, 1, 1))
+        attention(Layer(), q, k, v, None)
     assert seen == [LEAST_ROWS // 2]
 
 

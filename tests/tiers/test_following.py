@@ -8,9 +8,10 @@ from typing import Any
 from anaphora.clock import ManualClock
 from anaphora.errors import TierFailed
 from anaphora.policies.lru import LRU
+from anaphora.registry import POLICIES
 from anaphora.store import Store
 from anaphora.testing.tiers import TierContract, make_entry, make_key
-from anaphora.tiers.base import EVERYTHING, Erasure, Tier
+from anaphora.tiers.base import EVERYTHING, Erasure, Eviction, Tier
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.following import FollowingTier
 from anaphora.tiers.ram import RamOptions, RamTier
@@ -68,8 +69,8 @@ class Machine:
 
 
 class TestFollowing(TierContract):
-    def make(self, *, capacity_bytes: int, clock: Any) -> Tier:
-        inner = RamTier(RamOptions(capacity_bytes), policy=LRU(), clock=clock)
+    def make(self, *, capacity_bytes: int, eviction: Eviction, clock: Any) -> Tier:
+        inner = RamTier(RamOptions(capacity_bytes, eviction), policy=POLICIES.load(eviction.order)(), clock=clock)
         return FollowingTier(inner, Leader(clock), memo=Path("/nowhere/at/all"))
 
 
