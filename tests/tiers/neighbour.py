@@ -15,7 +15,7 @@ from anaphora.errors import TierFailed
 from anaphora.policies.lru import LRU
 from anaphora.store import Store
 from anaphora.testing.tiers import make_key
-from anaphora.tiers.base import Entry
+from anaphora.tiers.base import Entry, Eviction
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
 from anaphora.types import Scope, Tenant
@@ -35,8 +35,9 @@ def ask(process: subprocess.Popen[str], line: str) -> str:
     return process.stdout.readline().strip()
 
 
-def open_tier(folder: Path | str, capacity: int) -> DiskTier:
-    return DiskTier(DiskOptions(str(folder), capacity, inline_bytes=INLINE_BYTES), clock=SystemClock())
+def open_tier(folder: Path | str, capacity: int, eviction: Eviction | None = None) -> DiskTier:
+    options = DiskOptions(str(folder), capacity, inline_bytes=INLINE_BYTES, eviction=eviction or Eviction())
+    return DiskTier(options, clock=SystemClock())
 
 
 def value_of(name: str) -> bytes:

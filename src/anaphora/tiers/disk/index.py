@@ -1,6 +1,6 @@
 """What lies on disk: an SQLite index (WAL) with small values inside, and one file for each large value.
 
-    FOLDER/index.db        entries, metadata, checksums, order of use
+    FOLDER/index.db        entries, metadata, checksums, the order of leaving
     FOLDER/values/NAME     large values; every name is used once
     FOLDER/epoch           see `epoch`
     FOLDER/lock            held while opening, and while a damaged index is replaced
@@ -9,6 +9,11 @@
 One rule makes it crash-safe: **`values/` is only written by whoever holds SQLite's write lock, in the transaction that adds
 or removes the row.** So a process that gets that lock and finds a file without a row, or a row without a file, has found
 what a crash left, and removes it. Nothing else has to be recovered: SQLite does its own.
+
+All processes on a folder follow one order of leaving (`Eviction.order`), which is noted in the index: that of whoever was
+the last to write its first entry after opening, or to open with a capacity that has no room for what lies there. Where it
+differs from the one before, all entries are ranked anew, in one transaction; by their uses so far, which are counted under
+either. Whoever only looks changes nothing. Shares are each process's own, and so is the capacity.
 
 Needs SQLite 3.35 (`RETURNING`).
 """
@@ -21,26 +26,25 @@ import os
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from anaphora.clock import Clock
 from anaphora.errors import TierFailed
-from anaphora.tiers.base import Entry, Examined
+from anaphora.tiers.base import ALL_KEPT_SHARE, Entry, Eviction, Examined
 from anaphora.tiers.disk.epoch import SharedEpoch
 from anaphora.types import Key, Scope, Tenant
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""SQLite's `user_version`. An index of another format is put aside like a damaged one."""
-
-_SCHEMA = """
+_FORMATS = (
+    """
 CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 0), used INTEGER NOT NULL CHECK (used >= 0), tick INTEGER NOT NULL);
 CREATE TABLE entries (
     id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, size INTEGER NOT NULL, accessed INTEGER NOT NULL, file TEXT,
@@ -53,7 +57,35 @@ CREATE INDEX entries_by_file ON entries (file) WHERE file IS NOT NULL;
 CREATE TRIGGER used_grows AFTER INSERT ON entries BEGIN UPDATE meta SET used = used + NEW.size; END;
 CREATE TRIGGER used_shrinks AFTER DELETE ON entries BEGIN UPDATE meta SET used = used - OLD.size; END;
 INSERT INTO meta VALUES (0, 0, 0);
+""",
+    """
+ALTER TABLE meta ADD COLUMN ranked_by TEXT NOT NULL DEFAULT 'lru';
+ALTER TABLE meta ADD COLUMN age REAL NOT NULL DEFAULT 0;
+ALTER TABLE entries ADD COLUMN rank REAL NOT NULL DEFAULT 0;
+ALTER TABLE entries ADD COLUMN frequency INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE entries ADD COLUMN kept_until REAL;
+DROP INDEX entries_by_access;
+CREATE INDEX entries_by_rank ON entries (rank, accessed, size, kept_until) WHERE kept_until IS NULL;
+CREATE INDEX entries_by_keeping ON entries (kept_until, size, expires_at) WHERE kept_until IS NOT NULL;
+CREATE INDEX entries_by_keeper ON entries (tenant, size, kept_until) WHERE kept_until IS NOT NULL;
+""",
+)
+"""Statements that lead from each format to the next. A semicolon at a line's end ends a statement."""
+FORMAT = len(_FORMATS)
+"""SQLite's `user_version`. An index of a later format is put aside like a damaged one."""
+
+_SHARES = """
+CREATE TABLE used_by_tenant (tenant TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO used_by_tenant SELECT tenant, SUM(size) FROM entries GROUP BY tenant;
+CREATE INDEX entries_by_tenant ON entries (tenant, rank, accessed, size, kept_until) WHERE kept_until IS NULL;
+CREATE TRIGGER tenant_grows AFTER INSERT ON entries
+    BEGIN INSERT INTO used_by_tenant VALUES (NEW.tenant, NEW.size) ON CONFLICT DO UPDATE SET bytes = bytes + NEW.size; END;
+CREATE TRIGGER tenant_shrinks AFTER DELETE ON entries
+    BEGIN UPDATE used_by_tenant SET bytes = bytes - OLD.size WHERE tenant = OLD.tenant; END;
+CREATE TRIGGER nothing_used AFTER UPDATE ON used_by_tenant WHEN NEW.bytes <= 0
+    BEGIN DELETE FROM used_by_tenant WHERE tenant = NEW.tenant; END;
 """
+"""Only in folders of which a process has limited the share of a tenant: others need not pay for it."""
 _COLUMNS = "id, key, file, stored_at, expires_at, cost, tenant, model, tags, checksum, value"
 _KEYS_PER_QUERY = 500
 
@@ -71,6 +103,10 @@ class Written(msgspec.Struct, frozen=True):
     num_evicted: int = 0
     evicted_bytes: int = 0
 
+    @classmethod
+    def of(cls, evicted: Collection[tuple[Key, int]], stored: Iterable[Key] = ()) -> Written:
+        return cls(frozenset(stored), len(evicted), sum(size for _, size in evicted))
+
 
 class DiskIndex:
     """One connection to the folder, for one thread. Every method raises TierFailed and nothing else.
@@ -79,12 +115,21 @@ class DiskIndex:
     """
 
     def __init__(
-        self, folder: Path, *, capacity: int, inline_bytes: int, fsync: bool, busy_timeout_s: float, clock: Clock
+        self,
+        folder: Path,
+        *,
+        capacity: int,
+        eviction: Eviction,
+        inline_bytes: int,
+        fsync: bool,
+        busy_timeout_s: float,
+        clock: Clock,
     ) -> None:
         self._folder = folder
         self._path = folder / "index.db"
         self._values = folder / "values"
         self._capacity = capacity
+        self._eviction = eviction
         self._inline_bytes = inline_bytes
         self._fsync = fsync
         self._busy_timeout_s = busy_timeout_s
@@ -92,6 +137,7 @@ class DiskIndex:
         self._db: sqlite3.Connection | None = None
         self._inode = (0, 0)
         self._epoch: SharedEpoch | None = None
+        self._settled = False
         self._new_files: list[str] = []
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -106,12 +152,9 @@ class DiskIndex:
 
     def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
         def work(db: sqlite3.Connection) -> dict[Key, int]:
-            found: dict[Key, int] = {}
-            for some in _in_queries(list(keys)):
-                marks = ",".join("?" * len(some))
-                sql = f"SELECT key, size FROM entries WHERE key IN ({marks}) AND (expires_at IS NULL OR expires_at > ?)"
-                found.update((Key(key), size) for key, size in db.execute(sql, (*some, self._clock.now_s())))
-            return found
+            now_s = self._clock.now_s()
+            rows = self._rows(db, "key, size, expires_at", keys)
+            return {Key(key): size for key, size, expires_at in rows if expires_at is None or expires_at > now_s}
 
         return self._run(work)
 
@@ -119,15 +162,22 @@ class DiskIndex:
         """As `ExaminableTier` says."""
         return self._run(lambda db: self._examine(db, list(keys), num_bytes))
 
-    def totals(self) -> tuple[int, int]:
-        """(number of entries, used bytes)"""
-        sql = "SELECT (SELECT COUNT(*) FROM entries), used FROM meta"
-        return self._run(lambda db: tuple(db.execute(sql).fetchone()))
+    def totals(self) -> tuple[int, int, int]:
+        """(number of entries, used bytes, kept bytes)"""
+        kept = (
+            "SELECT COALESCE(SUM(size), 0) FROM entries WHERE kept_until > :now AND (expires_at IS NULL OR expires_at > :now)"
+        )
+        sql = f"SELECT (SELECT COUNT(*) FROM entries), used, ({kept}) FROM meta"
+        return self._run(lambda db: tuple(db.execute(sql, {"now": self._clock.now_s()}).fetchone()))
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def put(self, entries: Mapping[Key, Entry], *, epoch: int | None, touched: Iterable[Key]) -> Written:
-        return self._run(lambda db: self._put(db, entries, epoch, touched))
+        def work(db: sqlite3.Connection) -> Written:
+            self._settle(db)
+            return self._put(db, entries, epoch, touched)
+
+        return self._run(work)
 
     def touch(self, touched: Iterable[Key]) -> None:
         def work(db: sqlite3.Connection) -> None:
@@ -135,6 +185,19 @@ class DiskIndex:
                 self._apply_touches(db, touched)
 
         self._run(work)
+
+    def keep(self, keys: Collection[Key], until_s: float) -> int:
+        """As `Tier` says."""
+
+        def work(db: sqlite3.Connection) -> int:
+            with self._transaction(db):
+                now_s = self._end_times(db)
+                if until_s > now_s:
+                    return self._keep(db, dict.fromkeys(keys, until_s))
+                db.executemany("UPDATE entries SET kept_until = NULL WHERE key = ?", [(key,) for key in keys])
+                return 0
+
+        return self._run(work)
 
     def drop_damaged(self, ids: Sequence[int]) -> int:
         """Remove these very rows; how many were still there."""
@@ -166,19 +229,22 @@ class DiskIndex:
         except OSError as error:
             raise TierFailed(str(error)) from error
 
-    def open(self) -> None:
+    def open(self) -> Written:
         """Open now what would be opened at the first use, and clear up after processes that crashed."""
 
-        def work(db: sqlite3.Connection) -> None:
+        def work(db: sqlite3.Connection) -> Written:
             try:
                 with self._transaction(db):
-                    self._sweep(db)
+                    evicted = self._sweep(db)
             except (sqlite3.OperationalError, OSError) as error:  # a full disk, say: reading is still possible
                 log.warning("%s cannot be cleared up: %s", self._folder, error)
+                return Written()
+            return Written.of(evicted)
 
-        self._run(work)
+        return self._run(work)
 
     def close(self) -> None:
+        self._settled = False
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -233,29 +299,37 @@ class DiskIndex:
             db.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")
             db.execute("PRAGMA secure_delete = ON")  # what was forgotten is not left in free pages
             db.execute(f"PRAGMA journal_size_limit = {4 << 20}")
-            if version not in (0, FORMAT):
+            if not 0 <= version <= FORMAT:
                 raise _Unreadable(f"format {version}, not {FORMAT}")
-            if version == 0:
+            if version < FORMAT:
                 with self._transaction(db):
-                    for statement in _SCHEMA.split(";\n"):  # the triggers' own semicolons are not followed by a line end
-                        db.execute(statement)
+                    for statements in _FORMATS[version:]:
+                        _execute_all(db, statements)
                     db.execute(f"PRAGMA user_version = {FORMAT}")
-                    self._sweep(db)  # files of an index that was put aside
+                    if version == 0:
+                        self._sweep(db)  # files of an index that was put aside
         except BaseException:
             db.close()
             raise
         return db
 
-    def _sweep(self, db: sqlite3.Connection) -> None:
-        """Remove what a crash left, what has expired, and what a smaller capacity has no room for."""
+    def _sweep(self, db: sqlite3.Connection) -> list[tuple[Key, int]]:
+        """Remove what a crash left, what has expired, and what a smaller capacity has no room for; (key, size) of the last."""
         known = {name for (name,) in db.execute("SELECT file FROM entries WHERE file IS NOT NULL")}
         present = set(os.listdir(self._values))
         for name in present - known:
             self._unlink(name)
         for name in known - present:
             self._delete(db, "file = ?", (name,))
-        self._delete(db, "expires_at <= ?", (self._clock.now_s(),))
-        self._make_room(db, 0)
+        self._end_times(db)
+        kept = self._kept(db)
+        if not self._may_keep(kept.total(), max(kept.values(), default=0)):
+            self._keep_less(db)
+        excess = self._used(db) - self._capacity
+        if excess <= 0:
+            return []
+        self._rank(db)
+        return self._evict(db, self._first(db, excess) or [])
 
     # -- a damaged index -----------------------------------------------------------------------------------------------
 
@@ -329,17 +403,20 @@ class DiskIndex:
             if epoch is not None and (self._epoch is None or self._epoch.read() != epoch):
                 return Written()
             self._apply_touches(db, touched)
-            self._delete(db, "expires_at <= ?", (self._clock.now_s(),))
+            self._end_times(db)
             stored: set[Key] = set()
             evicted: list[tuple[Key, int]] = []
+            known = {key for (key,) in self._rows(db, "key", entries)}  # looked up first: a DELETE of nothing takes longer
             for key, entry in entries.items():
-                self._delete(db, "key = ?", (key,))
-                if entry.size <= self._capacity:
-                    evicted += self._make_room(db, entry.size)
+                if key in known:
+                    self._delete(db, "key = ?", (key,))
+                gone = self._make_room(db, entry)
+                if gone is not None:
                     self._insert(db, key, entry)
+                    stored.difference_update(victim for victim, _ in gone)
                     stored.add(key)
-            stored.difference_update(key for key, _ in evicted)
-        return Written(frozenset(stored), len(evicted), sum(size for _, size in evicted))
+                    evicted += gone
+        return Written.of(evicted, stored)
 
     def _insert(self, db: sqlite3.Connection, key: Key, entry: Entry) -> None:
         tick = self._tick(db)
@@ -348,7 +425,8 @@ class DiskIndex:
             file = f"{key.hex()}-{secrets.token_hex(8)}"
             self._write(file, entry.value)
         db.execute(
-            f"INSERT INTO entries ({_COLUMNS}, size, accessed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO entries ({_COLUMNS}, size, accessed, rank) "
+            f"VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?1, {_rank('1', '?6', '?12')})",
             (
                 tick,
                 key,
@@ -362,7 +440,6 @@ class DiskIndex:
                 _checksum(key, entry),
                 entry.value if file is None else None,
                 entry.size,
-                tick,
             ),
         )
 
@@ -378,21 +455,6 @@ class DiskIndex:
         finally:
             os.close(fd)
 
-    def _make_room(self, db: sqlite3.Connection, size: int) -> list[tuple[Key, int]]:
-        """Evict, least recently used first, until `size` more bytes fit; (key, size) of what went."""
-        need = _number(db.execute("SELECT used FROM meta").fetchall()) + size - self._capacity
-        evicted: list[tuple[Key, int]] = []
-        while need > 0:
-            rows = db.execute("SELECT id, size FROM entries ORDER BY accessed LIMIT 16").fetchall()
-            for row, freed in rows:
-                evicted += self._delete(db, "id = ?", (row,))
-                need -= freed
-                if need <= 0:
-                    break
-            if not rows:
-                break
-        return evicted
-
     def _delete(self, db: sqlite3.Connection, where: str, values: Sequence[object]) -> list[tuple[Key, int]]:
         """Remove rows and their files. The files go before the commit, so that room is free before it is used again."""
         rows = db.execute(f"DELETE FROM entries WHERE {where} RETURNING key, size, file", values).fetchall()
@@ -403,14 +465,6 @@ class DiskIndex:
 
     def _unlink(self, name: str) -> None:
         (self._values / name).unlink(missing_ok=True)
-
-    def _apply_touches(self, db: sqlite3.Connection, touched: Iterable[Key]) -> None:
-        for key in touched:
-            db.execute("UPDATE entries SET accessed = ? WHERE key = ?", (self._tick(db), key))
-
-    def _tick(self, db: sqlite3.Connection) -> int:
-        """A logical time: unlike a clock's it never stands still, and never goes back."""
-        return _number(db.execute("UPDATE meta SET tick = tick + 1 RETURNING tick").fetchall())
 
     def _erase(self, work: Callable[[sqlite3.Connection], int]) -> int:
         """`work` removes rows in one transaction; their bytes leave the medium, and copies in other processes are void."""
@@ -430,19 +484,143 @@ class DiskIndex:
 
         return self._run(erase)
 
+    # -- the order of leaving ------------------------------------------------------------------------------------------
+
+    def _settle(self, db: sqlite3.Connection) -> None:
+        """Once, before the first put: make the folder's order ours, and have it count what each tenant uses if we ask that."""
+        if self._settled:
+            return
+        with self._transaction(db):
+            self._rank(db)
+            if self._eviction.tenant_share < 1 and not db.execute("PRAGMA table_info(used_by_tenant)").fetchall():
+                _execute_all(db, _SHARES)
+        self._settled = True
+
+    def _rank(self, db: sqlite3.Connection) -> None:
+        """By our order, if that is not the folder's."""
+        order = self._eviction.order
+        if db.execute("UPDATE meta SET ranked_by = :order, age = 0 WHERE ranked_by <> :order", {"order": order}).rowcount:
+            db.execute(f"UPDATE entries SET rank = {_rank('frequency')}")
+
+    def _apply_touches(self, db: sqlite3.Connection, touched: Iterable[Key]) -> None:
+        used = f"accessed = ?, frequency = frequency + 1, rank = {_rank('(frequency + 1)')}"
+        for key in touched:
+            db.execute(f"UPDATE entries SET {used} WHERE key = ?", (self._tick(db), key))
+
+    def _tick(self, db: sqlite3.Connection) -> int:
+        """A logical time: unlike a clock's it never stands still, and never goes back."""
+        return _number(db.execute("UPDATE meta SET tick = tick + 1 RETURNING tick").fetchall())
+
+    def _make_room(self, db: sqlite3.Connection, entry: Entry) -> list[tuple[Key, int]] | None:
+        """Evict until `entry` fits; (key, size) of what went. None, and nothing went, if what is kept leaves it no room."""
+        if entry.size > self._capacity:
+            return None
+        victims: list[_Victim] = []
+        if self._eviction.tenant_share < 1:
+            used = db.execute("SELECT bytes FROM used_by_tenant WHERE tenant = ?", (entry.tenant,)).fetchone()
+            excess = (used[0] if used else 0) + entry.size - self._eviction.tenant_share * self._capacity
+            own = self._first(db, excess, of=entry.tenant)
+            if own is None:
+                return None
+            victims += own
+        excess = self._used(db) + entry.size - self._capacity - sum(victim.size for victim in victims)
+        others = self._first(db, excess, besides=victims)
+        return None if others is None else self._evict(db, victims + others)
+
+    def _first(
+        self, db: sqlite3.Connection, num_bytes: float, *, of: Tenant | None = None, besides: Iterable[_Victim] = ()
+    ) -> list[_Victim] | None:
+        """What leaves first, together so large, of what is not kept; None if there is not so much."""
+        first: list[_Victim] = []
+        if num_bytes <= 0:
+            return first
+        chosen = {victim.id for victim in besides}
+        whose, values = ("", ()) if of is None else ("AND tenant = ?", (of,))
+        sql = f"SELECT id, size, rank FROM entries WHERE kept_until IS NULL {whose} ORDER BY rank, accessed"
+        with closing(db.execute(sql, values)) as rows:
+            for victim in map(_Victim._make, rows):
+                if victim.id not in chosen:
+                    first.append(victim)
+                    num_bytes -= victim.size
+                    if num_bytes <= 0:
+                        return first
+        return None
+
+    def _evict(self, db: sqlite3.Connection, victims: Iterable[_Victim]) -> list[tuple[Key, int]]:
+        evicted: list[tuple[Key, int]] = []
+        for victim in victims:
+            if victim.rank:
+                self._grow_older(db, victim.rank)
+            evicted += self._delete(db, "id = ?", (victim.id,))
+        return evicted
+
+    def _grow_older(self, db: sqlite3.Connection, rank: float) -> None:
+        """As `policies.gdsf` does when what has this rank leaves: if it is at the front, of all that may leave."""
+        in_front = "SELECT 1 FROM entries WHERE kept_until IS NULL AND rank < :rank"
+        db.execute(f"UPDATE meta SET age = :rank WHERE age < :rank AND NOT EXISTS ({in_front})", {"rank": rank})
+
+    def _used(self, db: sqlite3.Connection) -> int:
+        return _number(db.execute("SELECT used FROM meta").fetchall())
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def _end_times(self, db: sqlite3.Connection) -> float:
+        """Remove what has expired, and keep no longer what was kept until now; what time that is."""
+        now_s = self._clock.now_s()
+        over = "SELECT 1 FROM entries WHERE expires_at <= :now UNION ALL SELECT 1 FROM entries WHERE kept_until <= :now LIMIT 1"
+        if db.execute(over, {"now": now_s}).fetchall():
+            self._delete(db, "expires_at <= ?", (now_s,))
+            db.execute("UPDATE entries SET kept_until = NULL WHERE kept_until <= ?", (now_s,))
+        return now_s
+
+    def _kept(self, db: sqlite3.Connection) -> Counter[str]:
+        """Bytes by tenant."""
+        sql = "SELECT tenant, SUM(size) FROM entries WHERE kept_until IS NOT NULL GROUP BY tenant"
+        return Counter(dict(db.execute(sql)))
+
+    def _may_keep(self, num_bytes: int, of_one_tenant: int) -> bool:
+        return num_bytes <= ALL_KEPT_SHARE * self._capacity and of_one_tenant <= self._eviction.keep_share * self._capacity
+
+    def _keep(self, db: sqlite3.Connection, until_s: Mapping[Key, float]) -> int:
+        """How many of them are there and kept so long; first come, first served."""
+        rows = {key: row for key, *row in self._rows(db, "key, id, size, tenant, kept_until", until_s)}
+        kept = self._kept(db) if any(already_s is None for *_, already_s in rows.values()) else Counter[str]()
+        num_bytes = kept.total()
+        num_kept = 0
+        for key in until_s:
+            if key not in rows:
+                continue
+            row, size, tenant, already_s = rows[key]
+            if already_s is None:
+                if not self._may_keep(num_bytes + size, kept[tenant] + size):
+                    continue
+                num_bytes += size
+                kept[tenant] += size
+            if already_s is None or already_s < until_s[key]:
+                db.execute("UPDATE entries SET kept_until = ? WHERE id = ?", (until_s[key], row))
+            num_kept += 1
+        return num_kept
+
+    def _keep_less(self, db: sqlite3.Connection) -> None:
+        """As much of what is kept as the shares leave room for, what would leave last first."""
+        last_first = "SELECT key, kept_until FROM entries WHERE kept_until IS NOT NULL ORDER BY rank DESC, accessed DESC"
+        kept = {Key(key): until_s for key, until_s in db.execute(last_first)}
+        db.execute("UPDATE entries SET kept_until = NULL WHERE kept_until IS NOT NULL")
+        self._keep(db, kept)
+
     # -- a value back --------------------------------------------------------------------------------------------------
 
     def _get(self, db: sqlite3.Connection, keys: list[Key]) -> Found:
         now_s = self._clock.now_s()
         entries: dict[Key, Entry] = {}
         damaged: list[int] = []
-        for row in self._rows(db, keys):
+        for row in self._rows(db, _COLUMNS, keys):
             key = Key(row[1])
             try:
                 entry = self._entry(row)
             except FileNotFoundError:
                 # Evicted or replaced since it was selected? Then its row is gone or new by now.
-                again = next(self._rows(db, [key]), None)
+                again = next(self._rows(db, _COLUMNS, [key]), None)
                 if again is None:
                     continue
                 row = again
@@ -459,23 +637,20 @@ class DiskIndex:
     def _examine(self, db: sqlite3.Connection, keys: list[Key], num_bytes: int | None) -> dict[Key, Examined]:
         found: dict[Key, Examined] = {}
         value = "value" if num_bytes is None else f"substr(value, 1, {num_bytes:d})"
-        for some in _in_queries(keys):
-            marks = ",".join("?" * len(some))
-            sql = f"SELECT {_COLUMNS.removesuffix('value')}{value}, size FROM entries WHERE key IN ({marks})"
-            for *row, size in db.execute(sql, some).fetchall():
-                try:
-                    entry = self._entry(row, num_bytes)
-                except FileNotFoundError:
-                    if not db.execute("SELECT 1 FROM entries WHERE id = ?", (row[0],)).fetchall():
-                        continue  # evicted since it was selected
-                    entry = None
-                found[Key(row[1])] = Examined(entry, size if isinstance(size, int) else 0)
+        for *row, size in self._rows(db, f"{_COLUMNS.removesuffix('value')}{value}, size", keys):
+            try:
+                entry = self._entry(row, num_bytes)
+            except FileNotFoundError:
+                if not db.execute("SELECT 1 FROM entries WHERE id = ?", (row[0],)).fetchall():
+                    continue  # evicted since it was selected
+                entry = None
+            found[Key(row[1])] = Examined(entry, size if isinstance(size, int) else 0)
         return found
 
-    def _rows(self, db: sqlite3.Connection, keys: list[Key]) -> Iterator[tuple[int, bytes, str | None]]:
-        for some in _in_queries(keys):
+    def _rows(self, db: sqlite3.Connection, columns: str, keys: Collection[Key]) -> Iterator[tuple[Any, ...]]:
+        for some in _in_queries(list(keys)):
             marks = ",".join("?" * len(some))
-            yield from db.execute(f"SELECT {_COLUMNS} FROM entries WHERE key IN ({marks})", some).fetchall()
+            yield from db.execute(f"SELECT {columns} FROM entries WHERE key IN ({marks})", some).fetchall()
 
     def _entry(self, row: Sequence[object], num_bytes: int | None = None) -> Entry | None:
         """The entry of a row, None if it is damaged. FileNotFoundError if its file is gone. With `num_bytes`: of a value's
@@ -519,8 +694,25 @@ class _Row(msgspec.Struct, array_like=True):
     value: bytes | None
 
 
+class _Victim(NamedTuple):
+    id: int
+    size: int
+    rank: float
+
+
 class _Unreadable(sqlite3.DatabaseError):
     """SQLite reads it, but it is not what this module writes."""
+
+
+def _execute_all(db: sqlite3.Connection, statements: str) -> None:
+    """In the transaction that is open, which `executescript` would commit."""
+    for statement in statements.split(";\n"):
+        db.execute(statement)
+
+
+def _rank(frequency: str, cost: str = "cost", size: str = "size") -> str:
+    """SQL for the first thing that entries are ordered by; the second is their last use. As `policies.gdsf` has it."""
+    return f"(SELECT CASE ranked_by WHEN 'gdsf' THEN age + {frequency} * {cost} / {size} ELSE 0 END FROM meta)"
 
 
 def _in_queries(keys: list[Key]) -> Iterator[list[Key]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,14 @@ import msgspec
 from anaphora.clock import Clock
 from anaphora.errors import TierFailed
 from anaphora.events import Damaged, Emit, Evicted, ignore
-from anaphora.tiers.base import EVERYTHING, Entry, Examined, TierStats
-from anaphora.tiers.disk.index import DiskIndex, Found
+from anaphora.tiers.base import EVERYTHING, Entry, Eviction, Examined, TierStats
+from anaphora.tiers.disk.index import DiskIndex, Found, Written
+from anaphora.tiers.pieces import Uses, batches
 from anaphora.types import Key, Scope
 
 T = TypeVar("T")
 
-_BATCH_BYTES = 4 << 20
-_BATCH_ENTRIES = 64
-_MAX_TOUCHED = 1 << 16
+_MAX_USES = 1 << 16
 _RETRY_OPENING_S = 5.0
 
 
@@ -37,13 +36,16 @@ class DiskOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Wait for the device at every write: entries survive a power cut too, not only a killed process."""
     busy_timeout_s: float = 5.0
     """How long to wait for another process's write before giving up on this one."""
+    eviction: Eviction = Eviction()
+    """Processes that share the folder should say the same. `index` tells what happens if they do not."""
 
 
 class DiskTier:
-    """Entries in a folder (`index` says how). What leaves first is what no process has used for the longest time.
+    """Entries in a folder (`index` says how).
 
-    That order is in the index and not a `Policy` object, because all processes that share the folder must agree on it. Uses
-    are noted in memory and written along with the next put, so that reading does not write.
+    The order of leaving is in the index and not a `Policy` object, because all processes that share the folder must agree on
+    it. Uses are noted in memory and written along with the next put, so that reading does not write: several of one entry
+    before that count as one.
 
     Reads have a thread of their own: they need not wait while a write waits for another process.
     """
@@ -58,6 +60,7 @@ class DiskTier:
             DiskIndex(
                 Path(options.path).expanduser(),
                 capacity=options.capacity_bytes,
+                eviction=options.eviction,
                 inline_bytes=options.inline_bytes,
                 fsync=options.fsync,
                 busy_timeout_s=options.busy_timeout_s,
@@ -67,7 +70,7 @@ class DiskTier:
         )
         self._write_thread = ThreadPoolExecutor(1, "anaphora-disk-write")
         self._read_thread = ThreadPoolExecutor(1, "anaphora-disk-read")
-        self._touched: dict[Key, None] = {}
+        self._uses = Uses(_MAX_USES)
         self._num_evicted = 0
         self._num_damaged = 0
         self._opened = False
@@ -98,13 +101,11 @@ class DiskTier:
 
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
         stored: set[Key] = set()
-        for batch in _batches(entries):
-            touched, self._touched = self._touched, {}
+        for batch in batches(entries):
+            touched = self._uses.take()
             written = await self._write(partial(self._writer.put, batch, epoch=epoch, touched=touched))
             stored |= written.stored
-            if written.num_evicted:
-                self._num_evicted += written.num_evicted
-                self._emit(Evicted(self.name, written.num_evicted, written.evicted_bytes))
+            self._count_evicted(written)
         return frozenset(stored)
 
     async def delete_many(self, keys: Collection[Key]) -> int:
@@ -117,26 +118,24 @@ class DiskTier:
         return await self._read(lambda: self._reader.keys(scope))
 
     def touch(self, keys: Iterable[Key]) -> None:
-        touched = self._touched
-        for key in keys:
-            touched.pop(key, None)  # to the end: the order of use
-            touched[key] = None
-            if len(touched) > _MAX_TOUCHED:
-                del touched[next(iter(touched))]
+        self._uses.note(keys)
+
+    async def keep(self, keys: Collection[Key], until_s: float) -> int:
+        return await self._write(lambda: self._writer.keep(keys, until_s))
 
     def epoch(self) -> int:
         epoch = self._writer.epoch
         return 0 if epoch is None else epoch.read()
 
     async def stats(self) -> TierStats:
-        num_entries, used_bytes = await self._read(self._reader.totals)
-        return TierStats(num_entries, used_bytes, self._capacity, self._num_evicted, self._num_damaged)
+        num_entries, used_bytes, kept_bytes = await self._read(self._reader.totals)
+        return TierStats(num_entries, used_bytes, self._capacity, kept_bytes, self._num_evicted, self._num_damaged)
 
     async def aclose(self) -> None:
         if self._closed:
             return
-        if self._opened and self._touched:
-            touched, self._touched = self._touched, {}
+        if self._opened and self._uses:
+            touched = self._uses.take()
             with contextlib.suppress(TierFailed):  # only the order of use is lost
                 await self._write(lambda: self._writer.touch(touched))
         self._closed = True
@@ -145,6 +144,11 @@ class DiskTier:
         await loop.run_in_executor(self._write_thread, self._writer.close)
         self._read_thread.shutdown()
         self._write_thread.shutdown()
+
+    def _count_evicted(self, written: Written) -> None:
+        if written.num_evicted:
+            self._num_evicted += written.num_evicted
+            self._emit(Evicted(self.name, written.num_evicted, written.evicted_bytes))
 
     async def _drop(self, found: Found) -> None:
         """Remove damaged rows, counting them. A row that went away in the meantime was evicted, not damaged."""
@@ -173,26 +177,13 @@ class DiskTier:
         if self._clock.monotonic_s() < self._retry_at_s:
             raise TierFailed(self._opening_error)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._write_thread, self._writer.open)
+            written = await asyncio.get_running_loop().run_in_executor(self._write_thread, self._writer.open)
         except TierFailed as error:
             self._opening_failed(error)
             raise
         self._opened = True
+        self._count_evicted(written)
 
     def _opening_failed(self, error: TierFailed) -> None:
         self._opening_error = str(error)
         self._retry_at_s = self._clock.monotonic_s() + _RETRY_OPENING_S
-
-
-def _batches(entries: Mapping[Key, Entry]) -> Iterator[dict[Key, Entry]]:
-    """Pieces that hold the folder's write lock for a short time each."""
-    batch: dict[Key, Entry] = {}
-    size = 0
-    for key, entry in entries.items():
-        batch[key] = entry
-        size += entry.size
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_ENTRIES:
-            yield batch
-            batch, size = {}, 0
-    if batch:
-        yield batch
