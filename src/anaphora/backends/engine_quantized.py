@@ -85,7 +85,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, scratch: Scratch) -> QuantizedLinear:
-        return cls(*quantised(linear.weight), None if linear.bias is None else linear.bias.detach(), scratch)
+        return cls(*quantised(linear.weight), None if linear.bias is None else linear.bias.detach().clone(), scratch)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         flat = rows.reshape(-1, self.in_features)
@@ -120,7 +120,7 @@ def quantise(net: nn.Module, dtype: torch.dtype) -> None:
         parent, _, own = name.rpartition(".")
         setattr(net.get_submodule(parent), own, QuantizedLinear.of(linears.pop(name), scratch))
     for parameter in net.parameters():
-        # As loaded it is a part of the mapped file, which would stay in memory as a whole.
+        # As it was loaded it is a part of the mapped file, which would stay in memory as a whole.
         parameter.data = parameter.data.clone()
 
 
