@@ -6,7 +6,7 @@ import torch
 
 from anaphora.backends import engine_linear
 from anaphora.backends.engine_kernels import can_compile
-from anaphora.backends.engine_linear import MOST_ROWS, PartOfLinear, ThinLinear, thin_linears
+from anaphora.backends.engine_linear import FEW_ROWS, MOST_ROWS, PartOfLinear, ThinLinear, thin_linears
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,18 @@ def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(16,), (1, 16), (5, 16), (1, 1, 16), (1, 7, 16), (MOST_ROWS, 16), (MOST_ROWS + 1, 16), (3, 300, 16)]
+    "shape",
+    [
+        (16,),
+        (1, 16),
+        (5, 16),
+        (1, 1, 16),
+        (1, 7, 16),
+        (MOST_ROWS, 16),
+        (MOST_ROWS + 1, 16),
+        (1, FEW_ROWS, 16),
+        (2, FEW_ROWS, 16),
+    ],
 )
 def test_a_thin_layer_computes_what_the_plain_one_does(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)

@@ -24,6 +24,8 @@ from anaphora.backends.engine_quantized import QuantizedLinear
 Linear = nn.Linear | QuantizedLinear
 
 MOST_ROWS = 16
+FEW_ROWS = 128
+"""Up to this many rows, torch is faster with the rows as columns: several cores then divide the weights."""
 LEAST_WEIGHTS = 64 * 1024
 """Smaller layers stay with torch: waking the other cores would cost more than the product."""
 TILE = 32
@@ -55,7 +57,7 @@ class ThinLinear(nn.Module):
         if self._kernel is None or rows.numel() > MOST_ROWS * num_in:
             if self._quantized is not None:
                 return self._quantized(rows)  # type: ignore[no-any-return]
-            return F.linear(rows, self._weight, self._bias)
+            return _linear(rows, self._weight, self._bias)
         product = torch.empty((*rows.shape[:-1], num_out))
         flat = rows.contiguous().view(-1, num_in)
         self._kernel(flat.numpy(), self._array, self._scales, product.view(-1, num_out).numpy())
@@ -130,6 +132,14 @@ def is_linear(module: nn.Module) -> bool:
 def weight_of(linear: Linear) -> torch.Tensor:
     """[out, in]: the weights, or the whole numbers that stand for them."""
     return linear.values if isinstance(linear, QuantizedLinear) else linear.weight.detach()
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    num_out, num_in = weight.shape
+    if rows.numel() > FEW_ROWS * num_in:
+        return F.linear(rows, weight, bias)
+    product = torch.mm(weight, rows.reshape(-1, num_in).t()).t().contiguous().view(*rows.shape[:-1], num_out)
+    return product if bias is None else product.add_(bias)
 
 
 def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
