@@ -10,10 +10,12 @@ One rule makes it crash-safe: **`values/` is only written by whoever holds SQLit
 or removes the row.** So a process that gets that lock and finds a file without a row, or a row without a file, has found
 what a crash left, and removes it. Nothing else has to be recovered: SQLite does its own.
 
-All processes on a folder follow one order of leaving (`Eviction.order`), which is noted in the index: that of whoever was
-the last to write its first entry after opening, or to open with a capacity that has no room for what lies there. Where it
-differs from the one before, all entries are ranked anew, in one transaction; by their uses so far, which are counted under
-either. Whoever only looks changes nothing. Shares are each process's own, and so is the capacity.
+All processes on a folder follow one order of leaving (`Eviction.order`), which is noted in the index. A process makes it its
+own before it puts something for the first time, and when it opens the folder with a capacity too small for what lies there:
+processes that disagree follow the one that came last, and whoever only looks changes nothing. When the order changes, all
+entries are ranked anew in one transaction, by their uses so far, which count under either. Capacity and shares are each
+process's own. A smaller capacity, or share of what is kept, takes effect on opening; a smaller share of what a tenant may
+fill, when that tenant's next entry comes.
 
 Needs SQLite 3.35 (`RETURNING`).
 """
@@ -328,7 +330,7 @@ class DiskIndex:
         excess = self._used(db) - self._capacity
         if excess <= 0:
             return []
-        self._rank(db)
+        self._rank_anew(db)
         return self._evict(db, self._first(db, excess) or [])
 
     # -- a damaged index -----------------------------------------------------------------------------------------------
@@ -491,15 +493,14 @@ class DiskIndex:
         if self._settled:
             return
         with self._transaction(db):
-            self._rank(db)
+            self._rank_anew(db)
             if self._eviction.tenant_share < 1 and not db.execute("PRAGMA table_info(used_by_tenant)").fetchall():
                 _execute_all(db, _SHARES)
         self._settled = True
 
-    def _rank(self, db: sqlite3.Connection) -> None:
+    def _rank_anew(self, db: sqlite3.Connection) -> None:
         """By our order, if that is not the folder's."""
-        order = self._eviction.order
-        if db.execute("UPDATE meta SET ranked_by = :order, age = 0 WHERE ranked_by <> :order", {"order": order}).rowcount:
+        if db.execute("UPDATE meta SET ranked_by = :order WHERE ranked_by <> :order", {"order": self._eviction.order}).rowcount:
             db.execute(f"UPDATE entries SET rank = {_rank('frequency')}")
 
     def _apply_touches(self, db: sqlite3.Connection, touched: Iterable[Key]) -> None:
@@ -513,12 +514,13 @@ class DiskIndex:
 
     def _make_room(self, db: sqlite3.Connection, entry: Entry) -> list[tuple[Key, int]] | None:
         """Evict until `entry` fits; (key, size) of what went. None, and nothing went, if what is kept leaves it no room."""
-        if entry.size > self._capacity:
+        share = self._eviction.tenant_share * self._capacity
+        if entry.size > min(share, self._capacity):
             return None
         victims: list[_Victim] = []
         if self._eviction.tenant_share < 1:
             used = db.execute("SELECT bytes FROM used_by_tenant WHERE tenant = ?", (entry.tenant,)).fetchone()
-            excess = (used[0] if used else 0) + entry.size - self._eviction.tenant_share * self._capacity
+            excess = (used[0] if used else 0) + entry.size - share
             own = self._first(db, excess, of=entry.tenant)
             if own is None:
                 return None
