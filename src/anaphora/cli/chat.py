@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   anaphora chat                                    a conversation; /reset starts over, /quit or Ctrl-D ends it
   anaphora chat --system "Answer in one word."
+  anaphora chat --temperature 0.2                  likelier tokens: small models ramble less
   echo "Why is the sky blue?" | anaphora chat      one question; figures go to standard error
 """
 
