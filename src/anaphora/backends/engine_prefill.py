@@ -59,7 +59,9 @@ class PrefillAttention:
         parts = self._threads // math.gcd(self._threads, kv_heads * chunks)
         columns = np.empty((self._threads, BLOCKS, dim, WIDTH), dtype=np.float32)
         scratch = np.empty((self._threads, TILE + 1, WIDTH), dtype=np.float32)
-        sums = np.empty((kv_heads, blocks, parts, dim + 2, WIDTH), dtype=np.float32)
+        # Weighted values, then the highest score and the mass.
+        sums = np.zeros((kv_heads, blocks, parts, dim + 2, WIDTH), dtype=np.float32)
+        sums[:, :, :, dim] = LOWEST
         rows = queries.contiguous().numpy()
         self._attend(rows, keys, values, start, num_past, np.float32(scale), chunks, columns, scratch, sums, out.numpy())
 
@@ -250,10 +252,7 @@ def _build() -> Kernel:
         per_chunk = (num_blocks + chunks - 1) // chunks
         first_block, end_block = c * per_chunk, min((c + 1) * per_chunk, num_blocks)
         for b in range(first_block, end_block):
-            block, part = columns[thread, b - first_block], sums[h, b, p]
-            for i in range(dim + 2):
-                for r in range(width):
-                    part[i, r] = LOWEST if i == dim else np.float32(0)
+            block = columns[thread, b - first_block]
             for r in range(width):
                 row = min(b * WIDTH + r, num_new * group - 1)
                 query = queries[row // group, h * group + row % group]
@@ -316,12 +315,16 @@ def _build() -> Kernel:
         sums: Any, out: Any,
     ) -> None:  # fmt: skip
         num_tasks, num_threads = chunks * sums.shape[0] * sums.shape[2], scratch.shape[0]
-        for thread in numba.prange(num_threads):
-            # Later chunks see more tokens: every thread gets early and late ones.
-            for task in range(thread, num_tasks, num_threads):
-                attend(task, queries, keys, values, start, num_past, scale, chunks, thread, columns, scratch, sums)
-        for task in numba.prange(sums.shape[0] * sums.shape[1]):
-            merge(task, sums, out)
+        # One parallel loop, run twice, takes seconds less to compile than two.
+        for merging in range(2):
+            for thread in numba.prange(num_threads):
+                if merging:
+                    for block in range(thread, sums.shape[0] * sums.shape[1], num_threads):
+                        merge(block, sums, out)
+                else:
+                    # Later chunks see more tokens: every thread gets early and late ones.
+                    for task in range(thread, num_tasks, num_threads):
+                        attend(task, queries, keys, values, start, num_past, scale, chunks, thread, columns, scratch, sums)
 
     built: Kernel = jit(attend_all, parallel=True, nogil=True)
     return built
