@@ -188,6 +188,21 @@ def test_an_entry_that_expires_leaves_the_server_and_the_index(valkey: str, valk
     run(body())
 
 
+def test_what_has_expired_is_put_again_like_anything_else(valkey: str, valkey_server: ValkeyServer) -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        tier = open_tier(valkey, 64 * MIB, clock)
+        await tier.put_many({make_key(1): make_entry(expires_at_s=clock.now_s() + 60)})
+        clock.advance(60)
+        again = make_entry(expires_at_s=clock.now_s() + 60)
+        assert await tier.put_many({make_key(1): again}) == {make_key(1)}
+        assert await tier.get_many([make_key(1)]) == {make_key(1): again}
+        assert check_server(valkey_server, 64 * MIB) == 1
+        await tier.aclose()
+
+    run(body())
+
+
 def test_a_value_that_the_server_let_expire_is_a_plain_miss(valkey: str, valkey_server: ValkeyServer) -> None:
     async def body() -> None:
         tier = open_tier(valkey)

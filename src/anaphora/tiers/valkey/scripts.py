@@ -340,13 +340,13 @@ local function work()
   agree()
   check()
   take_ticks(#ARGV - last + count)  -- refused where memory is full, before anything is changed
+  for at = 9, last, 4 do unindex(ARGV[at]) end  -- first of all: nothing that goes below may be what was just written
   sweep()
   while number('kept') > most_kept do  -- the capacity was larger
     local key = redis.call('ZRANGE', kept, 0, 0)[1]
     if key then let_go(key) else mend() end
   end
   for at = last + 1, #ARGV do touch(ARGV[at]) end
-  for at = 9, last, 4 do unindex(ARGV[at]) end  -- first of all: no victim below may be what was just written
   for at = 9, last, 4 do
     local key, size, fields = ARGV[at], tonumber(ARGV[at + 1]), about(ARGV[at + 3])
     tick = tick + 1
