@@ -132,6 +132,16 @@ class TierContract:
 
         self.run(body)
 
+    def test_what_is_put_again_after_it_expired_is_there(self) -> None:
+        async def body(tier: Tier, clock: ManualClock) -> None:
+            key = make_key(1)
+            await tier.put_many({key: make_entry(fill=b"old", expires_at_s=clock.now_s() + 10)})
+            clock.advance(10)
+            await tier.put_many({key: make_entry(fill=b"new")})
+            assert await tier.get_many([key]) == {key: make_entry(fill=b"new")}
+
+        self.run(body)
+
     def test_delete_says_how_many_were_there(self) -> None:
         async def body(tier: Tier, clock: ManualClock) -> None:
             await tier.put_many({make_key(number): make_entry() for number in range(3)})

@@ -181,7 +181,7 @@ class RamTier:
         share = self._eviction.tenant_share * self._capacity
         if size > self._capacity - self._kept_by.total() or size > share - self._kept_by[tenant]:
             return False
-        if (excess := self._used_by[tenant] + size - share) > 0:
+        if share < self._capacity and (excess := self._used_by[tenant] + size - share) > 0:
             self._evict(excess, tenant)
         if (excess := self._used + size - self._capacity) > 0:
             self._evict(excess)
