@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 # How fast examples are made says more about the machine's other work than about the code.
 settings.register_profile("anaphora", suppress_health_check=[HealthCheck.too_slow], deadline=None)
 settings.load_profile("anaphora")
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so are all processes from there on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Engines in temporary folders, and their processes, share one place for compiled kernels.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(default_cache_dir()) / "kernels"))
