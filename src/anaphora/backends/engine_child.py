@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -117,26 +117,26 @@ class Connection:
         elif isinstance(message, Measure):
             self.send(Reply(id, core.measure(message.request, message.prompt)))
         elif isinstance(message, Forget):
-            inbox.put(lambda: self._forget(id, message.scope, core))
+            inbox.put(lambda: self._guard(id, lambda: self._forget(id, message.scope, core)))
         elif isinstance(message, Stats):
-            inbox.put(lambda: self._answer(id, core.stats))
+            inbox.put(lambda: self._guard(id, lambda: self.post(Reply(id, core.stats()))))
 
     def _forget(self, id: int, scope: Scope, core: EngineCore) -> None:
         """On the engine thread, which computes on while slower tiers are cleared."""
         forgetting = core.start_forget(scope)
 
         def end(_: object = None) -> None:
-            self._server.inbox.put(lambda: self._answer(id, lambda: core.end_forget(forgetting)))
+            self._server.inbox.put(lambda: self._guard(id, lambda: self.post(Reply(id, core.end_forget(forgetting)))))
 
         if forgetting.erasing is None:
             end()
         else:
             forgetting.erasing.add_done_callback(end)
 
-    def _answer(self, id: int, compute: Callable[[], Any]) -> None:
-        """On the engine thread, where an error that nobody catches would end the process."""
+    def _guard(self, id: int, work: Callable[[], None]) -> None:
+        """On the engine thread, where an error that nobody catches would end the process: it is the caller's."""
         try:
-            self.post(Reply(id, compute()))
+            work()
         except ServiceError as error:
             self.post(failed(id, error))
         except Exception as error:
