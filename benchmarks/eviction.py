@@ -22,7 +22,7 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +177,20 @@ def _names(space: str, ids: Sequence[object]) -> tuple[BlockHash, ...]:
     return tuple(BlockHash(f"{space}/{id}".encode()) for id in ids)
 
 
+def where(row: dict[str, Any]) -> tuple[str, str, float]:
+    return row["trace"], row["place"], row["capacity"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     lines = [
         "| trace | place | capacity | " + " | ".join(f"{name}: tokens, time" for name in policies) + " |",
         "|---" * (3 + len(policies)) + "|",
     ]
-    by_place: Callable[[dict[str, Any]], tuple[Any, ...]] = lambda row: (row["trace"], row["place"], row["capacity"])  # noqa: E731
-    for where in dict.fromkeys(by_place(row) for row in rows):
-        found = {row["policy"]: row for row in rows if by_place(row) == where}
+    for trace, place, capacity in dict.fromkeys(where(row) for row in rows):
+        found = {row["policy"]: row for row in rows if where(row) == (trace, place, capacity)}
         cells = [f"{found[name]['tokens_share']:.1%}, {found[name]['time_share']:.1%}" for name in policies]
-        lines.append(f"| {where[0]} | {where[1]} | {where[2]:.0%} | " + " | ".join(cells) + " |")
+        lines.append(f"| {trace} | {place} | {capacity:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

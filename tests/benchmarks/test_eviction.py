@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import json
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,10 @@ import pytest
 
 from anaphora.policies.lru import LRU
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "eviction.py"
-
 
 @pytest.fixture(scope="module")
-def eviction() -> Any:
-    spec = importlib.util.spec_from_file_location("eviction", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["eviction"] = module  # msgspec looks the names of its types up there
-    spec.loader.exec_module(module)
-    return module
+def eviction(script: Callable[[str], Any]) -> Any:
+    return script("eviction.py")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import sys
 import tempfile
@@ -15,17 +14,10 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "peers" / "compare.py"
-
 
 @pytest.fixture(scope="module")
-def compare() -> Any:
-    spec = importlib.util.spec_from_file_location("peers_compare", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def compare(script: Callable[[str], Any]) -> Any:
+    return script("peers/compare.py")
 
 
 @pytest.fixture
