@@ -18,7 +18,9 @@ from anaphora.types import (
     Finish,
     FinishReason,
     Key,
+    Raw,
     Request,
+    Said,
     TextDelta,
     ThinkingDelta,
     ToolUseDelta,
@@ -46,7 +48,7 @@ class Recalled:
         self.ttl_s = hit.ttl_s
         self.saved_s = hit.cost_s
 
-    def deltas(self) -> Iterator[Delta]:
+    def deltas(self) -> Iterator[Said]:
         return replay(self.completion)
 
     def answered(self, request: Request, elapsed_s: float) -> Answered:
@@ -61,7 +63,7 @@ class Recalled:
 class Live:
     """An answer that is being computed. Iterated by one task; whoever holds it must call `leave` in the end."""
 
-    __slots__ = ("_meter", "_subscription", "bill", "key", "misses", "reason", "source")
+    __slots__ = ("_meter", "_subscription", "bill", "key", "misses", "raw", "reason", "source")
 
     def __init__(
         self, subscription: Subscription, source: Source, recalled: Recall, meter: Meter, bill: Bill | None = None
@@ -75,6 +77,8 @@ class Live:
         """Of all levels of the answer cache."""
         self.reason = recalled.misses[-1].reason if recalled.misses else None
         """Why it was not recalled. None: no level was asked."""
+        self.raw: list[Raw] = []
+        """Of an answer asked for whole, and given whole by an upstream: its own bytes. Filled by `whole`."""
         self._subscription = subscription
         self._meter = meter
 
@@ -99,6 +103,8 @@ class Live:
         while burst := await self.burst():
             for delta in burst:
                 collector.add(delta)
+                if isinstance(delta, Raw):
+                    self.raw.append(delta)
         return collector.completion
 
     def leave(self) -> None:

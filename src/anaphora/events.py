@@ -49,6 +49,8 @@ class RefusedReason(StrEnum):
     """It does not hold the number of choices that was asked for."""
     REFUSAL = "refusal"
     """At least one choice ended by refusal or content filter."""
+    UNFAITHFUL = "unfaithful"
+    """An upstream's answer held more than can be remembered of it: citations, a block of an unknown kind."""
     EMPTY = "empty"
     """At least one choice holds neither text nor a tool call."""
     NO_STORE = "no_store"

@@ -18,6 +18,8 @@ from anaphora.types import (
     Delta,
     End,
     Finish,
+    Raw,
+    Said,
     TextDelta,
     TextPart,
     ThinkingDelta,
@@ -131,6 +133,8 @@ class Collector:
     def add(self, delta: Delta) -> None:
         if self.completion is not None:
             raise _disorder("a delta after End")
+        if isinstance(delta, Raw):
+            return
         if self._begin is None:
             if not isinstance(delta, Begin):
                 raise _disorder(f"{type(delta).__name__} before Begin")
@@ -164,7 +168,7 @@ class Collector:
         drafts = [self._choices[index] for index in range(len(self._choices))]
         if any(draft.finish is None for draft in drafts):
             raise _disorder("End before every choice was finished")
-        return Completion(begin.model, tuple(draft.choice() for draft in drafts), end.usage, end.compute_s)
+        return Completion(begin.model, tuple(draft.choice() for draft in drafts), end.usage, end.compute_s, end.faithful)
 
 
 def _disorder(what: str) -> BackendFailed:
@@ -179,17 +183,17 @@ def collect(deltas: Iterable[Delta]) -> Completion | None:
     return collector.completion
 
 
-def replay(completion: Completion) -> Iterator[Delta]:
+def replay(completion: Completion) -> Iterator[Said]:
     """The deltas of a remembered answer: each text in several pieces, log-probabilities kept beside the text they belong to."""
     usage = completion.usage
     yield Begin(completion.model, input_side(usage))
     for index, choice in enumerate(completion.choices):
         yield from _replay_choice(index, choice)
         yield Finish(index, choice.reason, choice.stop_sequence)
-    yield End(usage, completion.compute_s)
+    yield End(usage, completion.compute_s, completion.faithful)
 
 
-def _replay_choice(index: int, choice: Choice) -> Iterator[Delta]:
+def _replay_choice(index: int, choice: Choice) -> Iterator[Said]:
     logprobs = choice.logprobs or ()
     if logprobs and len(choice.content) == 1 and _spells(logprobs, choice.content[0]):
         yield from _replay_tokens(index, logprobs)
@@ -213,7 +217,7 @@ def _spells(logprobs: tuple[TokenLogprob, ...], part: TextPart | ThinkingPart | 
     return isinstance(part, TextPart) and "".join(entry.token for entry in logprobs) == part.text
 
 
-def _replay_tokens(index: int, logprobs: tuple[TokenLogprob, ...]) -> Iterator[Delta]:
+def _replay_tokens(index: int, logprobs: tuple[TokenLogprob, ...]) -> Iterator[Said]:
     step = max(8, -(-len(logprobs) // MAX_PIECES))
     for start in range(0, len(logprobs), step):
         group = logprobs[start : start + step]

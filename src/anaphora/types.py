@@ -129,6 +129,14 @@ class Keep(msgspec.Struct, frozen=True, array_like=True):
     for_s: float
 
 
+class Native(msgspec.Struct, frozen=True):
+    """A body as the client sent it, for an upstream that speaks the same dialect: nothing in it is lost on the way."""
+
+    dialect: str
+    """As `wire.base.Dialect.name`."""
+    body: bytes
+
+
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One question, whatever dialect it came in. Either `messages` or `prompts` is set.
 
@@ -156,6 +164,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """Nothing of the answer may rest on KV that was stored with a loss. Set by the client, in a header."""
     keep: tuple[Keep, ...] = ()
     """Set by the gateway where promises are made, or by the client's wish to. No part of the question, so of no key."""
+    native: Native | None = None
+    """The body itself, where an upstream may answer. It says nothing that is not in the other fields, so it is of no key."""
 
 
 # -- what is answered --------------------------------------------------------------------------------------------------
@@ -172,6 +182,9 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     """`cache_creation_input_tokens` by lifetime ("5m", "1h", "30m", "12h"), where a profile tells them apart."""
     kv_reused_tokens: int = 0
     """Prompt tokens whose KV the engine took from its cache, whatever the dialect's accounting says."""
+    details: dict[str, int] = {}
+    """Kinds of tokens among those counted above, where an upstream tells: `reasoning` and `audio_output` of the output,
+    `audio_input` and `image_input` of the prompt."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -232,10 +245,25 @@ class End(msgspec.Struct, frozen=True, tag="end", array_like=True):
     usage: Usage
     compute_s: float = 0.0
     """Seconds the backend spent on this answer: what a later hit saves."""
+    faithful: bool = True
+    """False: an upstream's answer held more than deltas can say (a citation, a block of an unknown kind). It is not learned."""
 
 
-Delta = Begin | TextDelta | ThinkingDelta | ToolUseDelta | Finish | End
+class Raw(msgspec.Struct, frozen=True, tag="raw", array_like=True):
+    """Bytes of an upstream's answer, as they came: one event of a stream, or a whole body. They mean what the deltas behind
+    them say, until the next `Raw`. A client of the same dialect is given these bytes, every other one the deltas."""
+
+    dialect: str
+    data: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    """Of the answer, on its first `Raw` only: those that are the client's business (rate limits, the request's id)."""
+
+
+Said = Begin | TextDelta | ThinkingDelta | ToolUseDelta | Finish | End
 """Order: Begin, then per choice its text/thinking/tool deltas and one Finish (choices may interleave), then End."""
+
+Delta = Said | Raw
+"""`Raw` may stand anywhere before End, also before Begin."""
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -252,6 +280,8 @@ class Completion(msgspec.Struct, frozen=True, omit_defaults=True):
     choices: tuple[Choice, ...]
     usage: Usage
     compute_s: float = 0.0
+    faithful: bool = True
+    """As in `End`."""
 
 
 # -- about ownership and freshness -------------------------------------------------------------------------------------

@@ -152,6 +152,8 @@ class ExactLevel:
             return RefusedReason.NOT_CLEAN
         if len(completion.choices) != max(1, len(request.prompts)) * request.sampling.n:
             return RefusedReason.INCOMPLETE
+        if not completion.faithful:
+            return RefusedReason.UNFAITHFUL
         if any(choice.reason == "refusal" for choice in completion.choices):
             return RefusedReason.REFUSAL
         if not all(_says_something(choice) for choice in completion.choices):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
@@ -17,10 +17,10 @@ from anaphora.clock import ManualClock
 from anaphora.errors import BackendFailed, InvalidRequest, NotFound, PermissionDenied, ServiceError
 from anaphora.explain import Trail
 from anaphora.server import headers
-from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, Sender, id_header
+from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, id_header
 from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import CONTENT_TYPE
-from anaphora.types import Begin, Delta, End, Scope, Tenant
+from anaphora.types import Begin, Delta, End, Raw, Scope, Tenant
 from anaphora.wire import sse
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import Dialect, Parsed, Rendering, StreamWriter
@@ -119,22 +119,25 @@ class Answers(Endpoint):
             return
         trail.reused(completion.usage.kv_reused_tokens)
         trail.over("finished")
-        raw = self._headers(call, answer, completion.usage.kv_reused_tokens)
+        raw = _passed_on(answer.raw) + self._headers(call, answer, completion.usage.kv_reused_tokens)
         raw.append(JSON)
-        await call.sender.whole(200, raw, self._dialect.render(completion, rendering, call.ids))
+        own = b"".join(part.data for part in answer.raw if part.dialect == self._dialect.name)
+        await call.sender.whole(200, raw, own or self._dialect.render(completion, rendering, call.ids))
 
     async def _stream(self, call: Call, rendering: Rendering, answer: Live, trail: Trail) -> None:
         """The head waits for the first delta: so an error before it has a status of its own, and the reuse is known."""
         burst = await answer.burst()
         if not burst:
             return
-        reused = burst[0].usage.kv_reused_tokens if isinstance(burst[0], Begin) else 0
+        reused = next((delta.usage.kv_reused_tokens for delta in burst if isinstance(delta, Begin)), 0)
         trail.reused(reused)
-        await call.sender.start(200, _EVENTS + self._headers(call, answer, reused))
+        await call.sender.start(200, _EVENTS + _passed_on(burst) + self._headers(call, answer, reused))
         writer = self._dialect.writer(rendering, call.ids)
+        events = _Events(self._dialect.name, writer)
         try:
             while burst and not isinstance(burst[-1], End):
-                await _feed(call.sender, writer, burst)
+                if written := events.of(burst):
+                    await call.sender.more(written)
                 burst = await answer.burst()
         except ServiceError as error:
             trail.failed(error.message)
@@ -147,7 +150,7 @@ class Answers(Endpoint):
             return
         if burst:  # else the client is gone
             trail.over("finished")
-        await call.sender.last(b"".join(map(writer.feed, burst)))
+        await call.sender.last(events.of(burst))
 
     def _headers(self, call: Call, answer: Live, kv_reused_tokens: int) -> RawHeaders:
         return [id_header(self._dialect, call.ids), *headers.of_answer(answer, kv_reused_tokens)]
@@ -164,9 +167,26 @@ def _billed(rendering: Rendering, bill: Bill) -> Rendering:
     )
 
 
-async def _feed(sender: Sender, writer: StreamWriter, burst: list[Delta]) -> None:
-    if events := b"".join(map(writer.feed, burst)):
-        await sender.more(events)
+class _Events:
+    """Deltas as one client's stream: an upstream's own events where they are of the client's dialect, or else `writer`'s."""
+
+    def __init__(self, dialect: str, writer: StreamWriter) -> None:
+        self._dialect = dialect
+        self._writer = writer
+        self._passes_on = False
+
+    def of(self, burst: list[Delta]) -> bytes:
+        own = [delta.data for delta in burst if isinstance(delta, Raw) and delta.dialect == self._dialect]
+        self._passes_on = self._passes_on or bool(own)  # what a `Raw` means may come in a later burst than itself
+        if self._passes_on:
+            return b"".join(own)
+        return b"".join(self._writer.feed(delta) for delta in burst if not isinstance(delta, Raw))
+
+
+def _passed_on(deltas: Iterable[Delta]) -> RawHeaders:
+    """The headers of an upstream's answer that are the client's business."""
+    passed = [header for delta in deltas if isinstance(delta, Raw) for header in delta.headers]
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in passed]
 
 
 async def _gone(call: Call) -> None:

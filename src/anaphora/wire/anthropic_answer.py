@@ -11,10 +11,10 @@ from anaphora.prompt import Diagnosis
 from anaphora.types import (
     Begin,
     Completion,
-    Delta,
     End,
     Finish,
     ModelInfo,
+    Said,
     TextDelta,
     ThinkingDelta,
     ThinkingPart,
@@ -111,7 +111,7 @@ class MessageWriter:
         self._call = -1  # index of the newest one
         self._finish = Finish(0, "end_turn")
 
-    def feed(self, delta: Delta) -> bytes:
+    def feed(self, delta: Said) -> bytes:
         if isinstance(delta, TextDelta):
             if not delta.text:
                 return b""

@@ -25,7 +25,22 @@ import msgspec
 
 from anaphora.errors import BackendFailed, ServiceError
 from anaphora.prompt import Diagnosis, Prompt
-from anaphora.types import Completion, Delta, End, Message, Part, Request, Role, Sampling, Tenant, TextPart, Tool, ToolChoice
+from anaphora.types import (
+    Completion,
+    Delta,
+    End,
+    Message,
+    Part,
+    Raw,
+    Request,
+    Role,
+    Said,
+    Sampling,
+    Tenant,
+    TextPart,
+    Tool,
+    ToolChoice,
+)
 from anaphora.wire.fields import Json, bad_value, opt_int, opt_list, opt_number, opt_string, strings
 
 encode = msgspec.json.Encoder().encode
@@ -84,7 +99,7 @@ class Parsed(msgspec.Struct, frozen=True, dict=True):
 class StreamWriter(Protocol):
     """Writes one streamed answer. Purely a state machine: deltas in, bytes out."""
 
-    def feed(self, delta: Delta) -> bytes:
+    def feed(self, delta: Said) -> bytes:
         """The events that `delta` causes; possibly none."""
         ...
 
@@ -131,7 +146,7 @@ class Dialect(ABC):
         try:
             async for delta in deltas:
                 ended = isinstance(delta, End)
-                if events := writer.feed(delta):
+                if not isinstance(delta, Raw) and (events := writer.feed(delta)):
                     yield events
             if not ended:
                 yield writer.fail(BackendFailed("The answer was cut off."))
@@ -141,7 +156,7 @@ class Dialect(ABC):
             if isinstance(deltas, AsyncGenerator):
                 await deltas.aclose()
 
-    def replay_stream(self, deltas: Iterable[Delta], rendering: Rendering, ids: Ids) -> Iterator[bytes]:
+    def replay_stream(self, deltas: Iterable[Said], rendering: Rendering, ids: Ids) -> Iterator[bytes]:
         """The same for an answer that is already there."""
         writer = self.writer(rendering, ids)
         return filter(None, map(writer.feed, deltas))

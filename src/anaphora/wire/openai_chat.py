@@ -13,12 +13,12 @@ from anaphora.types import (
     Begin,
     Choice,
     Completion,
-    Delta,
     Finish,
     MediaPart,
     Part,
     Request,
     Role,
+    Said,
     Tenant,
     TextDelta,
     TextPart,
@@ -321,7 +321,7 @@ class _Writer:
         )
         self._tail = b'],"usage":null}\n\n' if rendering.include_usage else b"]}\n\n"
 
-    def feed(self, delta: Delta) -> bytes:
+    def feed(self, delta: Said) -> bytes:
         if isinstance(delta, TextDelta):
             if not delta.text and not delta.logprobs:
                 return b""

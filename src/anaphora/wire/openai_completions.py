@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from anaphora.errors import ServiceError
-from anaphora.types import Choice, Completion, Delta, End, Finish, Request, Tenant, TextDelta, TextPart, TokenLogprob
+from anaphora.types import Choice, Completion, End, Finish, Request, Said, Tenant, TextDelta, TextPart, TokenLogprob
 from anaphora.wire import sse
 from anaphora.wire.base import (
     NEUTRAL,
@@ -162,7 +162,7 @@ class _Writer:
         self._tail = b'],"usage":null}\n\n' if rendering.include_usage else b"]}\n\n"
         self._offsets = [0] * rendering.num_choices
 
-    def feed(self, delta: Delta) -> bytes:
+    def feed(self, delta: Said) -> bytes:
         if isinstance(delta, TextDelta):
             return self._text(delta) if delta.text or delta.logprobs else b""
         if isinstance(delta, Finish):

@@ -15,7 +15,6 @@ from anaphora.prompt import Diagnosis
 from anaphora.types import (
     Begin,
     Completion,
-    Delta,
     End,
     Finish,
     FinishReason,
@@ -23,6 +22,7 @@ from anaphora.types import (
     Part,
     Request,
     Role,
+    Said,
     Tenant,
     TextDelta,
     TextPart,
@@ -451,7 +451,7 @@ class _Writer:
         self._calls = 0
         self._reason: FinishReason = "end_turn"
 
-    def feed(self, delta: Delta) -> bytes:
+    def feed(self, delta: Said) -> bytes:
         if isinstance(delta, TextDelta):
             return self._text(delta) if delta.text or delta.logprobs else b""
         if isinstance(delta, ToolUseDelta):
