@@ -141,12 +141,75 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What becomes of answers drawn at random (temperature above 0, no seed)."""
 
 
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Api = Literal["messages", "chat", "responses", "completions"]
+
+
+class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A hosted API, or any other server that speaks one of its dialects."""
+
+    name: Name
+    base_url: Name
+    """With or without `/v1` at its end."""
+    dialect: Literal["anthropic", "openai"] = "openai"
+    apis: tuple[Api, ...] = ()
+    """What it has of its dialect's endpoints. Empty: `messages`, or all of OpenAI's."""
+    key_env: str = ""
+    """The variable that holds its API key."""
+    key_file: str = ""
+    """Or the file that does. Neither: each client's own key is passed on."""
+    models: tuple[Name, ...] = ("*",)
+    """Patterns (`claude-*`) of the models that it is asked for, by the names that clients use."""
+    rename: dict[str, str] = {}
+    """The client's name of a model → this upstream's."""
+    headers: dict[str, str] = {}
+    """Sent with every request."""
+    ca_file: str = ""
+    """Of the authority that signed its certificate. Empty: those the system trusts."""
+    max_tokens: Positive = 4096
+    """Of an answer, where the upstream's dialect demands a limit and the client's has none."""
+    connect_s: Seconds = 5.0
+    first_s: Seconds = 120.0
+    """From the request to the answer's first token."""
+    between_s: Seconds = 60.0
+    """From one piece of an answer to the next."""
+    total_s: Seconds = 1800.0
+    retries: Natural = 2
+    """Of a request that certainly was not answered, before another upstream is asked or the client told."""
+    max_concurrency: Natural = 0
+    """Requests at the same time; more wait. 0: any number."""
+    kv_tokens: Natural = 0
+    """Of a server of one's own: how many tokens of prefixes its cache holds. 0: not known."""
+
+
+class RouteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who answers for some models, where it is not simply every upstream that has them."""
+
+    models: tuple[Name, ...]
+    upstreams: tuple[Name, ...]
+    """One of them is asked."""
+    fallbacks: tuple[Name, ...] = ()
+    """Asked one after the other when none of those can answer: `NAME`, or `NAME:MODEL` for another model there."""
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    upstreams: tuple[UpstreamConfig, ...] = ()
+    routes: tuple[RouteConfig, ...] = ()
+    strategy: Name = "expected"
+    """Which of several upstreams is asked."""
+    breaker_failures: Positive = 5
+    """In a row, after which an upstream is left alone for a while."""
+    breaker_rest_s: Seconds = 10.0
+    """For how long, the first time; longer each time it still fails."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of one process. `Config()` is the default configuration; it survives `msgspec.json` round trips."""
 
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
+    gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -180,6 +243,7 @@ SHORT_VARIABLES = {
     "engine.kv_codec": "ANAPHORA_KV_CODEC",
     "engine.profile": "ANAPHORA_PROFILE",
     "cache.shared": "ANAPHORA_SHARED",
+    "gateway.upstreams": "ANAPHORA_UPSTREAMS",
 }
 OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA_API_KEY")
 """Read elsewhere (the file's path; test data; where `chat` and `stats` connect to), so not a misspelling."""
@@ -230,10 +294,14 @@ def load(
         # A remembered answer would hide what the emulator is asked for: the accounting of the next request.
         values.setdefault("cache", {})["enabled"] = False
         sources["cache.enabled"] = "default of the echo engine"
+    if values.get("gateway", {}).get("upstreams") and "engine.kind" not in chosen and "engine.model" not in chosen:
+        values.setdefault("engine", {})["kind"] = "none"
+        sources["engine.kind"] = "default with upstreams"
     config = Config(
         server=ServerConfig(**values.get("server", {})),
         engine=EngineConfig(**values.get("engine", {})),
         cache=CacheConfig(**values.get("cache", {})),
+        gateway=GatewayConfig(**values.get("gateway", {})),
     )
     _check(config, environ)
     return Loaded(config, sources, tuple(_unknown_variables(environ, config)))
@@ -391,11 +459,21 @@ def _structured(setting: Setting, text: str) -> Any:
     if setting.path == "server.keys":
         pairs = [item.partition("=") for item in text.split(",") if item.strip()]
         return [{"tenant": tenant.strip(), "key": key.strip()} for tenant, _, key in pairs]
+    if setting.path == "gateway.upstreams":
+        pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+        return [_upstream(name.strip(), url.strip()) for name, _, url in pairs]
     if setting.path in ("engine.aliases", "engine.profile"):
         return [item.strip() for item in text.split(",") if item.strip()]
     if setting.path == "cache.sampled" and text.startswith("buckets="):
         return {"buckets": text.removeprefix("buckets=")}
     return text
+
+
+def _upstream(name: str, url: str) -> dict[str, Any]:
+    """One that is given by a name and an address alone: a well-known name says which dialect and which models."""
+    if name == "anthropic":
+        return {"name": name, "base_url": url, "dialect": name, "models": ["claude-*"]}
+    return {"name": name, "base_url": url}
 
 
 def _wrong_value(setting: Setting, source: str, message: str) -> ConfigError:
@@ -404,12 +482,19 @@ def _wrong_value(setting: Setting, source: str, message: str) -> ConfigError:
     where = setting.path + inner.removesuffix("`")
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", text)
     if unknown:
-        fields = ApiKey.__struct_fields__ if setting.path == "server.keys" else Buckets.__struct_fields__
+        fields = _FIELDS.get(setting.path, Buckets).__struct_fields__
         return _unknown(f"unknown key {where}.{unknown[1]} (from {source})", unknown[1], dict(zip(fields, fields, strict=True)))
     choices = _choices(setting.type)
     if choices and text.startswith("Invalid enum value"):
         text = f"expected one of {', '.join(choices)}, got{text.removeprefix('Invalid enum value')}"
     return ConfigError(f"{where}: {text[:1].lower()}{text[1:].replace('`', '')} (from {source})")
+
+
+_FIELDS: dict[str, type[msgspec.Struct]] = {
+    "server.keys": ApiKey,
+    "gateway.upstreams": UpstreamConfig,
+    "gateway.routes": RouteConfig,
+}
 
 
 def _choices(hint: Any) -> list[str]:
@@ -430,5 +515,53 @@ def _check(config: Config, environ: Mapping[str, str]) -> None:
         raise ConfigError(
             "cache.shared: an address such as redis://host:6379/0, rediss://..., redis+cluster://... or unix://..."
         )
+    _check_gateway(config.gateway, environ)
+    if config.engine.kind == "none" and not config.gateway.upstreams:
+        raise ConfigError("engine.kind: without an engine there must be upstreams; add [[gateway.upstreams]]")
     if config.server.virtual_clock and config.server.workers > 1:
         raise ConfigError("server.virtual_clock: a clock can only be moved in one process; set server.workers = 1")
+
+
+def _check_gateway(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
+    names: set[str] = set()
+    for index, upstream in enumerate(gateway.upstreams):
+        where = f"gateway.upstreams[{index}]"
+        if not re.fullmatch(r"[\w.-]+", upstream.name):
+            raise ConfigError(f"{where}.name: letters, digits, dots, dashes and underscores only, not {upstream.name!r}")
+        if upstream.name in names:
+            raise ConfigError(f"{where}.name: {upstream.name} is there twice")
+        names.add(upstream.name)
+        if not re.match(r"https?://[^/]", upstream.base_url):
+            raise ConfigError(f"{where}.base_url: an address such as https://api.example.com, not {upstream.base_url!r}")
+        wrong = [api for api in upstream.apis if (api == "messages") != (upstream.dialect == "anthropic")]
+        if wrong:
+            raise ConfigError(f"{where}.apis: {wrong[0]} is not one of the dialect {upstream.dialect}")
+        upstream_key(upstream, environ)
+    for index, route in enumerate(gateway.routes):
+        named = [*route.upstreams, *(name.partition(":")[0] for name in route.fallbacks)]
+        for name in named:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"gateway.routes[{index}]: there is no upstream {name}{hint}")
+        if not route.upstreams:
+            raise ConfigError(f"gateway.routes[{index}].upstreams: name at least one")
+
+
+def upstream_key(upstream: UpstreamConfig, environ: Mapping[str, str] | None = None) -> str:
+    """Its API key; empty where clients bring their own. Raises ConfigError for one that was promised and is not there."""
+    environ = os.environ if environ is None else environ
+    where = f"gateway.upstreams: {upstream.name}"
+    if upstream.key_env and upstream.key_file:
+        raise ConfigError(f"{where}: set at most one of key_env and key_file")
+    if upstream.key_file:
+        try:
+            key = Path(upstream.key_file).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: key_file cannot be read: {error}") from error
+        if not key:
+            raise ConfigError(f"{where}: {upstream.key_file} is empty")
+        return key
+    if upstream.key_env and not environ.get(upstream.key_env):
+        raise ConfigError(f"{where}: the environment variable {upstream.key_env} is not set")
+    return environ.get(upstream.key_env, "") if upstream.key_env else ""

@@ -15,6 +15,7 @@ AnaphoraError
     ├── TooLarge           413  the body is larger than the limit
     ├── QueueFull          429  too many requests are waiting; `retry_after_s` says when to come back
     ├── BackendFailed      500  the computation failed in a way a retry may not mend
+    ├── UpstreamFailed     any  a hosted API refused the request, or could not be reached; with its own words
     ├── EngineDied         503  the engine went away under the request; it is coming back, retry
     └── NotCached          504  `only-if-cached` and nothing cached (RFC 9111 §5.2.1.7)
 """
@@ -91,6 +92,35 @@ class QueueFull(ServiceError):
 
 class BackendFailed(ServiceError):
     status = 500
+
+
+class UpstreamFailed(ServiceError):
+    """What an upstream answered instead of an answer, or what kept it from answering.
+
+    `status` is its own where the client can do something with it, else 502 or 504. `retry` is what to tell the client about
+    asking again; None leaves that to its SDK. `elsewhere`: another upstream may well answer the same request.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+        retry: bool | None = None,
+        elsewhere: bool = False,
+        dialect: str = "",
+        body: bytes = b"",
+    ) -> None:
+        super().__init__(message, param=param, code=code, retry_after_s=retry_after_s)
+        self.status = status
+        self.retry = retry
+        self.elsewhere = elsewhere
+        self.dialect = dialect
+        self.body = body
+        """The upstream's own words: JSON in `dialect`. Empty: it had none."""
 
 
 class EngineDied(ServiceError):

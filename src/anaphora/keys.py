@@ -97,6 +97,8 @@ def request_key(request: Request, *, fingerprint: str) -> Key:
     floats = (s.temperature, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty)
     sampling = _encode([None if x is None else float(x) + 0.0 for x in floats])  # + 0.0 makes -0.0 into 0.0
     fields = (b"answer", request.tenant.encode(), fingerprint.encode(), body, sampling)
+    if request.variant:
+        fields = (*fields, b"variant", request.variant.encode())
     return Key(digest((*fields, b"exact") if request.exact_kv else fields))
 
 

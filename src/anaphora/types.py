@@ -135,6 +135,13 @@ class Native(msgspec.Struct, frozen=True):
     dialect: str
     """As `wire.base.Dialect.name`."""
     body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    """Of the client's request, lower-case names: what the provider is to see of them (its API's version and betas)."""
+    credential: str = msgspec.field(default="")
+    """The client's own key, where upstreams without a key of their own may be asked with it. Never shown."""
+
+    def __repr__(self) -> str:
+        return f"Native({self.dialect!r}, {len(self.body)} bytes)"
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -166,6 +173,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """Set by the gateway where promises are made, or by the client's wish to. No part of the question, so of no key."""
     native: Native | None = None
     """The body itself, where an upstream may answer. It says nothing that is not in the other fields, so it is of no key."""
+    variant: str = ""
+    """Headers that change what a provider answers (`anthropic-beta`), where an upstream may answer."""
 
 
 # -- what is answered --------------------------------------------------------------------------------------------------
