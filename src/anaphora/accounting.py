@@ -27,6 +27,15 @@ class Asked(msgspec.Struct, frozen=True):
     answer_id: str
     """By which the client will know the answer, and may ask for a comparison with it."""
     workspace: str = ""
+    model: str = ""
+    """As the client named it."""
+    request_id: str = ""
+    tag: str = ""
+    """The client's own label, for the ledger."""
+
+
+NOBODY = Asked(lambda: Prompt("openai", "", ()), "")
+"""Whoever asks without a server in between."""
 
 
 class Bill:
@@ -55,15 +64,16 @@ class Bill:
                 self.charge = self._books.settle(self.charge, delta.usage.kv_reused_tokens, self._block_size)
             self._books.name(self.charge, self._answer_id)
             self._emit(_billed(self.charge))
-            return msgspec.structs.replace(delta, usage=self._usage(delta.usage))
+            return msgspec.structs.replace(delta, usage=self.usage(delta.usage))
         if not self._readable:
             self._readable = True
             self._books.visible(self.charge)
         if isinstance(delta, End):
-            return msgspec.structs.replace(delta, usage=self._usage(delta.usage))
+            return msgspec.structs.replace(delta, usage=self.usage(delta.usage))
         return delta
 
-    def _usage(self, computed: Usage) -> Usage:
+    def usage(self, computed: Usage) -> Usage:
+        """What was computed, as this bill accounts for it."""
         billed = self.charge.usage
         return Usage(
             input_tokens=billed.plain,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Literal
 
-from anaphora.accounting import Bill
+import msgspec
+
+from anaphora.accounting import NOBODY, Asked, Bill
 from anaphora.clock import Clock
 from anaphora.events import Answered, Emit, Hit, Miss
 from anaphora.flight import Subscription
 from anaphora.memory import Recall
 from anaphora.transcript import Collector, replay
 from anaphora.types import (
+    Begin,
     Completion,
     Delta,
     End,
@@ -29,6 +32,8 @@ from anaphora.types import (
 
 Source = Literal["hit", "miss", "collapsed", "bypass"]
 NO_USAGE = Usage()
+_CHARS_PER_TOKEN = 4
+"""A rule of thumb, for what was cut before anybody counted its tokens."""
 
 
 class Recalled:
@@ -51,12 +56,28 @@ class Recalled:
     def deltas(self) -> Iterator[Said]:
         return replay(self.completion)
 
-    def answered(self, request: Request, elapsed_s: float) -> Answered:
+    def answered(self, request: Request, elapsed_s: float, asked: Asked = NOBODY) -> Answered:
         completion = self.completion
         reasons = tuple([choice.reason for choice in completion.choices])
         usage = completion.usage
         return Answered(
-            request.tenant, request.model, "hit", "finished", usage, reasons, elapsed_s, elapsed_s, saved_s=self.saved_s
+            request.tenant,
+            request.model,
+            "hit",
+            "finished",
+            usage,
+            reasons,
+            elapsed_s,
+            elapsed_s,
+            (),
+            self.saved_s,
+            self.level,
+            asked.model,
+            completion.model,
+            completion.upstream,
+            request_id=asked.request_id,
+            workspace=asked.workspace,
+            tag=asked.tag,
         )
 
 
@@ -89,8 +110,9 @@ class Live:
         except Exception:  # of any kind, and it goes on its way
             self._meter.finish("failed")
             raise
-        self._meter.note(burst)
-        return burst if self.bill is None else self.bill.enter(burst)
+        entered = burst if self.bill is None else self.bill.enter(burst)
+        self._meter.note(burst)  # after the bill: which is settled with the first delta
+        return entered
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while burst := await self.burst():
@@ -119,7 +141,21 @@ Answer = Recalled | Live
 class Meter:
     """Times one client's answer, and says so in one event when it is over."""
 
-    def __init__(self, request: Request, source: Source, started_s: float, clock: Clock, emit: Emit) -> None:
+    def __init__(
+        self,
+        request: Request,
+        source: Source,
+        started_s: float,
+        clock: Clock,
+        emit: Emit,
+        *,
+        asked: Asked = NOBODY,
+        bill: Bill | None = None,
+    ) -> None:
+        self._asked = asked
+        self._bill = bill
+        self._begin: Begin | None = None
+        self._num_chars = 0
         self._request = request
         self._source: Source = source
         self._started_s = started_s
@@ -135,6 +171,7 @@ class Meter:
         now_s = self._clock.monotonic_s()
         for delta in burst:
             if isinstance(delta, TextDelta | ThinkingDelta | ToolUseDelta):
+                self._num_chars += len(delta.arguments if isinstance(delta, ToolUseDelta) else delta.text)
                 if self._first_s is None:
                     self._first_s = now_s - self._started_s
                 else:
@@ -142,6 +179,8 @@ class Meter:
                 self._last_s = now_s
             elif isinstance(delta, Finish):
                 self._reasons.append(delta.reason)
+            elif isinstance(delta, Begin):
+                self._begin = delta
             elif isinstance(delta, End):
                 self.finish("finished", delta.usage, delta.compute_s)
 
@@ -149,7 +188,8 @@ class Meter:
         if self._over:
             return
         self._over = True
-        request = self._request
+        request, asked, begin, bill = self._request, self._asked, self._begin, self._bill
+        billed = bill.usage(usage) if bill is not None and outcome == "finished" else None
         self._emit(
             Answered(
                 request.tenant,
@@ -162,5 +202,19 @@ class Meter:
                 self._first_s,
                 tuple(self._gaps_s),
                 compute_s if self._source == "collapsed" else 0.0,
+                "",
+                asked.model,
+                "" if begin is None else begin.model,
+                "" if begin is None else begin.upstream,
+                billed,
+                None if begin is None or outcome == "finished" else self._begun(begin),
+                asked.request_id,
+                asked.workspace,
+                asked.tag,
             )
         )
+
+    def _begun(self, begin: Begin) -> Usage:
+        usage = begin.usage if self._bill is None else self._bill.usage(begin.usage)
+        said = -(-self._num_chars // _CHARS_PER_TOKEN)
+        return msgspec.structs.replace(usage, output_tokens=max(usage.output_tokens, said))

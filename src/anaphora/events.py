@@ -152,6 +152,8 @@ class Computed(msgspec.Struct, frozen=True):
     model: str
     usage: Usage
     compute_s: float
+    request_id: str = ""
+    """Of the request that began it."""
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -173,6 +175,22 @@ class Answered(msgspec.Struct, frozen=True):
     """Between one delta with content and the next."""
     saved_s: float = 0.0
     """What the answer would have cost to compute, where it was not computed for this request."""
+    level: str = ""
+    """Which level of memory answered; empty where none did."""
+    asked: str = ""
+    """The model, as the client named it."""
+    answered: str = ""
+    """The model, as whoever answered named it; empty where nobody began to."""
+    upstream: str = ""
+    """The upstream that answered, or whose answer was remembered. Empty: the engine of this server."""
+    billed: Usage | None = None
+    """Tokens by the rules of the model's provider, where those are kept here. Zeros unless finished."""
+    begun: Usage | None = None
+    """Of what failed or was left: the tokens of what had been computed by then, its output estimated. None: nothing had."""
+    request_id: str = ""
+    workspace: str = ""
+    tag: str = ""
+    """The client's own label."""
 
 
 class Billed(msgspec.Struct, frozen=True):

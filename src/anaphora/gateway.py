@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from anaphora.accounting import Accounting, Asked
+from anaphora.accounting import NOBODY, Accounting, Asked
 from anaphora.answer import Answer, Live, Meter, Recalled, Source
 from anaphora.backends.base import Backend, StandsIn
 from anaphora.catalogue import Catalogue
@@ -105,7 +105,7 @@ class Gateway:
             recalled = await self._recall(request, control)
         if recalled.hit is not None:
             answer = Recalled(recalled.hit, recalled.key or recalled.hit.key, recalled.misses)
-            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s))
+            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, asked or NOBODY))
             return answer
         if control.only_if_cached:
             raise NotCached("Nothing that this request accepts is cached, and it asks for cached answers only.")
@@ -115,7 +115,8 @@ class Gateway:
             bill = await self._accounting.open(request, asked, arrived_s)
 
         async def landed(completion: Completion) -> None:
-            self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s))
+            request_id = "" if asked is None else asked.request_id
+            self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s, request_id))
             await self._learn(request, model, control, completion, recalled)
 
         # With the mark: who asks after a forget does not get an answer from before it. With what is to be kept: or it is not.
@@ -123,7 +124,7 @@ class Gateway:
         asking = request if bill is None else bill.keeping(request)
         subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
-        meter = Meter(request, source, started_s, self._clock, self._emit)
+        meter = Meter(request, source, started_s, self._clock, self._emit, asked=asked or NOBODY, bill=bill)
         return Live(subscription, source, recalled, meter, bill)
 
     async def models(self) -> tuple[ModelInfo, ...]:

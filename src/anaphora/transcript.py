@@ -168,7 +168,8 @@ class Collector:
         drafts = [self._choices[index] for index in range(len(self._choices))]
         if any(draft.finish is None for draft in drafts):
             raise _disorder("End before every choice was finished")
-        return Completion(begin.model, tuple(draft.choice() for draft in drafts), end.usage, end.compute_s, end.faithful)
+        choices = tuple(draft.choice() for draft in drafts)
+        return Completion(begin.model, choices, end.usage, end.compute_s, end.faithful, begin.upstream)
 
 
 def _disorder(what: str) -> BackendFailed:
@@ -186,7 +187,7 @@ def collect(deltas: Iterable[Delta]) -> Completion | None:
 def replay(completion: Completion) -> Iterator[Said]:
     """The deltas of a remembered answer: each text in several pieces, log-probabilities kept beside the text they belong to."""
     usage = completion.usage
-    yield Begin(completion.model, input_side(usage))
+    yield Begin(completion.model, input_side(usage), completion.upstream)
     for index, choice in enumerate(completion.choices):
         yield from _replay_choice(index, choice)
         yield Finish(index, choice.reason, choice.stop_sequence)

@@ -137,8 +137,10 @@ class Native(msgspec.Struct, frozen=True):
     body: bytes
     headers: tuple[tuple[str, str], ...] = ()
     """Of the client's request, lower-case names: what the provider is to see of them (its API's version and betas)."""
-    credential: str = msgspec.field(default="")
-    """The client's own key, where upstreams without a key of their own may be asked with it. Never shown."""
+    credential: tuple[str, str] | None = None
+    """The client's own key with the name of its header, where upstreams may be asked with it. Never shown."""
+    unread: str = ""
+    """Why Anaphora could not read the body: only an upstream of the same dialect may know better."""
 
     def __repr__(self) -> str:
         return f"Native({self.dialect!r}, {len(self.body)} bytes)"
@@ -217,6 +219,8 @@ class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
 
     model: str
     usage: Usage
+    upstream: str = ""
+    """The name of the upstream that answers. Empty: the engine of this server."""
 
 
 class TextDelta(msgspec.Struct, frozen=True, tag="text", array_like=True):
@@ -291,6 +295,8 @@ class Completion(msgspec.Struct, frozen=True, omit_defaults=True):
     compute_s: float = 0.0
     faithful: bool = True
     """As in `End`."""
+    upstream: str = ""
+    """As in `Begin`."""
 
 
 # -- about ownership and freshness -------------------------------------------------------------------------------------

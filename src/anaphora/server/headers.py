@@ -16,6 +16,7 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 NO_DIRECTIVES = CacheControl()
 MAX_KEEP_S = 86_400
+MAX_TAG = 128
 _WHOLE_PROMPT = 1 << 40
 """Tokens: more than any prompt has."""
 
@@ -73,6 +74,16 @@ def with_wishes(request: Request, exact: bytes | None, keep: bytes | None) -> Re
             raise InvalidRequest(f"The header x-anaphora-kv-keep takes whole seconds from 1 to {MAX_KEEP_S}.")
         request = msgspec.structs.replace(request, keep=(Keep(_WHOLE_PROMPT, float(int(keep))),))
     return request
+
+
+def tag(value: bytes | None) -> str:
+    """The client's own label of a request, `x-anaphora-tag`. Raises InvalidRequest."""
+    if value is None:
+        return ""
+    label = value.decode("latin-1").strip()
+    if len(label) > MAX_TAG or not label.isprintable():
+        raise InvalidRequest(f"The header x-anaphora-tag takes at most {MAX_TAG} printable characters.")
+    return label
 
 
 def of_answer(answer: Answer, kv_reused_tokens: int) -> RawHeaders:

@@ -81,7 +81,8 @@ class Answers(Endpoint):
         request = headers.with_wishes(parsed.request, call.head.get(b"x-anaphora-kv"), call.head.get(b"x-anaphora-kv-keep"))
         trail.model = request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
-        asked = Asked(lambda: parsed.prompt, answer_id, call.workspace)
+        tag = headers.tag(call.head.get(b"x-anaphora-tag"))
+        asked = Asked(lambda: parsed.prompt, answer_id, call.workspace, request.model, f"req_{call.ids.id}", tag)
         answer = await self.api.gateway.complete(request, control, asked)
         if isinstance(answer, Recalled):
             trail.recalled(answer)
