@@ -97,8 +97,8 @@ class BackendFailed(ServiceError):
 class UpstreamFailed(ServiceError):
     """What an upstream answered instead of an answer, or what kept it from answering.
 
-    `status` is its own where the client can do something with it, else 502 or 504. `retry` is what to tell the client about
-    asking again; None leaves that to its SDK. `elsewhere`: another upstream may well answer the same request.
+    `status` is its own where the client can do something with it, else 502 or 504. `elsewhere`: another upstream may well answer
+    the same request. `again`: so may this one, and it has certainly not answered it yet, or answering twice does no harm.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class UpstreamFailed(ServiceError):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
-        retry: bool | None = None,
         elsewhere: bool = False,
+        again: bool = False,
         dialect: str = "",
         body: bytes = b"",
     ) -> None:
         super().__init__(message, param=param, code=code, retry_after_s=retry_after_s)
         self.status = status
-        self.retry = retry
         self.elsewhere = elsewhere
+        self.again = again
         self.dialect = dialect
         self.body = body
         """The upstream's own words: JSON in `dialect`. Empty: it had none."""

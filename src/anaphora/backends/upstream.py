@@ -1,0 +1,370 @@
+"""A hosted API, or any other server that speaks one of its dialects, as a backend: one HTTP request for one answer.
+
+A body of the upstream's own dialect goes out as it came in, apart from the model's name, and what comes back is passed on
+event by event (`types.Raw`) beside what it means. Any other request is written down anew (`wire.upstream`).
+
+`run` is one attempt. What may be tried again, and where, is in the `UpstreamFailed` it raises; trying is the fleet's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from fnmatch import fnmatchcase
+from typing import Any
+
+import httpx2
+import msgspec
+
+from anaphora import __version__
+from anaphora.clock import Clock, SystemClock
+from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
+from anaphora.types import Begin, Delta, End, Finish, ModelInfo, Raw, Request, Scope
+from anaphora.wire.base import encode
+from anaphora.wire.fields import Json
+from anaphora.wire.upstream import Reader, UpstreamDialect
+
+ANTHROPIC_VERSION = "2023-06-01"
+"""Sent where the client said none."""
+
+PASSED_ON = ("anthropic-ratelimit-", "x-ratelimit-", "openai-", "anthropic-organization-id", "retry-after")
+"""Headers of an answer, or what they begin with, that are the client's business."""
+
+_IDLE_CONNECTIONS = 100
+_MAX_ERROR_BODY = 1 << 20
+
+
+class UpstreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As in `config.UpstreamConfig`, with the key itself."""
+
+    name: str
+    base_url: str
+    anthropic: bool = False
+    key: str = msgspec.field(default="")
+    models: tuple[str, ...] = ("*",)
+    rename: dict[str, str] = {}
+    headers: dict[str, str] = {}
+    ca_file: str = ""
+    connect_s: float = 5.0
+    first_s: float = 120.0
+    between_s: float = 60.0
+    total_s: float = 1800.0
+    max_concurrency: int = 0
+
+    def __repr__(self) -> str:
+        return f"UpstreamOptions({self.name!r}, {self.base_url!r})"
+
+
+class Upstream:
+    """A `Backend`. `dialects` are those it speaks; what is of none of them is written in the first."""
+
+    def __init__(
+        self, options: UpstreamOptions, dialects: Mapping[str, UpstreamDialect], *, clock: Clock | None = None
+    ) -> None:
+        self.options = options
+        self.name = options.name
+        self._dialects = dict(dialects)
+        self._main = next(iter(dialects.values()))
+        self._clock = clock or SystemClock()
+        self._base = options.base_url.rstrip("/").removesuffix("/v1")
+        self._client: httpx2.AsyncClient | None = None
+        self._slots = asyncio.Semaphore(options.max_concurrency) if options.max_concurrency else None
+        self.num_running = 0
+        self._num_requests = 0
+        self._num_failed = 0
+
+    # -- what it is asked for ----------------------------------------------------------------------------------------------
+
+    def serves(self, model: str) -> int | None:
+        """How exactly it names `model`: the number of letters that its best pattern spells out. None: not at all."""
+        found = [_literal(pattern) for pattern in self.options.models if fnmatchcase(model, pattern)]
+        return max(found, default=None)
+
+    def speaks(self, dialect: str) -> bool:
+        return dialect in self._dialects
+
+    # -- Backend -------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        options = self.options
+        try:
+            verify = ssl.create_default_context(cafile=options.ca_file) if options.ca_file else True
+        except OSError as error:
+            raise ConfigError(f"gateway.upstreams: {self.name}: ca_file cannot be used: {error}") from error
+        self._client = httpx2.AsyncClient(
+            verify=verify,
+            timeout=httpx2.Timeout(None, connect=options.connect_s),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=30.0),
+            headers={"user-agent": f"anaphora/{__version__}", "accept-encoding": "identity", **options.headers},
+        )
+
+    def ready(self) -> bool:
+        return self._client is not None
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """Those that the configuration names; a pattern names none."""
+        return tuple([ModelInfo(name) for name in self.options.models if not _is_pattern(name)])
+
+    async def run(self, request: Request) -> AsyncIterator[Delta]:
+        dialect, body = self._written(request)
+        sent = self._request(request, dialect.path, encode(body))
+        started_s = self._clock.monotonic_s()
+        if self._slots is not None:
+            await self._slots.acquire()
+        self.num_running += 1
+        self._num_requests += 1
+        try:
+            async with asyncio.timeout(self.options.total_s):
+                response = await self._head(sent, dialect, body)
+            try:
+                async with aclosing(self._answer(response, dialect, body, started_s)) as deltas:
+                    async for delta in deltas:
+                        if isinstance(delta, End):
+                            delta = msgspec.structs.replace(delta, compute_s=self._clock.monotonic_s() - started_s)
+                        yield delta
+            finally:
+                await response.aclose()
+        except TimeoutError as error:
+            self._num_failed += 1
+            raise self._late(f"no answer within {self.options.total_s:g} s") from error
+        except httpx2.HTTPError as error:
+            self._num_failed += 1
+            raise self._unreachable(error, body) from error
+        except ServiceError:
+            self._num_failed += 1
+            raise
+        finally:
+            self.num_running -= 1
+            if self._slots is not None:
+                self._slots.release()
+
+    async def count_tokens(self, request: Request) -> int:
+        """Asks it where its dialect has a way to. Raises NotFound where not."""
+        native = request.native
+        if not self.options.anthropic:
+            raise NotFound(f"The upstream {self.name} has no way to count tokens.", code="no_token_count")
+        dialect = self._main
+        if native is not None and native.dialect == dialect.name:
+            body = dialect.passed(native.body, model=self._model(request.model))
+        else:
+            body = dialect.write(request, model=self._model(request.model))
+            for key in ("max_tokens", "stream"):
+                body.pop(key, None)
+        sent = self._request(request, f"{dialect.path}/count_tokens", encode(body))
+        try:
+            async with asyncio.timeout(self.options.first_s):
+                response = await self._head(sent, dialect, body)
+                try:
+                    data = await response.aread()
+                finally:
+                    await response.aclose()
+        except TimeoutError as error:
+            raise self._late(f"no answer within {self.options.first_s:g} s") from error
+        except httpx2.HTTPError as error:
+            raise self._unreachable(error, body) from error
+        try:
+            return msgspec.json.decode(data, type=_Counted).input_tokens
+        except msgspec.MsgspecError as error:
+            raise UpstreamFailed(f"The upstream {self.name} answered with something else than a count.", 502) from error
+
+    async def forget(self, scope: Scope) -> int:
+        return 0  # it keeps nothing for us
+
+    async def stats(self) -> dict[str, Any]:
+        return {
+            "num_requests_running": self.num_running,
+            "num_requests": self._num_requests,
+            "num_requests_failed": self._num_failed,
+        }
+
+    async def aclose(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+    # -- the request ---------------------------------------------------------------------------------------------------------
+
+    def _written(self, request: Request) -> tuple[UpstreamDialect, Json]:
+        native, model = request.native, self._model(request.model)
+        if native is not None and (own := self._dialects.get(native.dialect)) is not None:
+            return own, own.passed(native.body, model=model)
+        if native is not None and native.unread:
+            raise InvalidRequest(native.unread)
+        return self._main, self._main.write(request, model=model)
+
+    def _model(self, name: str) -> str:
+        return self.options.rename.get(name, name)
+
+    def _request(self, request: Request, path: str, data: bytes) -> httpx2.Request:
+        if self._client is None:
+            raise UpstreamFailed(f"The upstream {self.name} is not started.", 503, elsewhere=True)
+        native = request.native
+        headers = {"content-type": "application/json"}
+        if native is not None and native.dialect in self._dialects:
+            headers |= dict(native.headers)
+        if self.options.anthropic:
+            headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
+        headers |= self._authorisation(request)
+        return self._client.build_request("POST", self._base + path, content=data, headers=headers)
+
+    def _authorisation(self, request: Request) -> dict[str, str]:
+        key = self.options.key
+        if key:
+            return {"x-api-key": key} if self.options.anthropic else {"authorization": f"Bearer {key}"}
+        native = request.native
+        if native is None or native.credential is None or native.dialect not in self._dialects:
+            return {}
+        name, value = native.credential
+        return {name: value}
+
+    # -- the answer ----------------------------------------------------------------------------------------------------------
+
+    async def _head(self, sent: httpx2.Request, dialect: UpstreamDialect, body: Json) -> httpx2.Response:
+        assert self._client is not None
+        response = await self._client.send(sent, stream=True)
+        if response.status_code == 200:
+            return response
+        try:
+            data = b""
+            async for chunk in response.aiter_raw():
+                data += chunk
+                if len(data) > _MAX_ERROR_BODY:
+                    break
+        finally:
+            await response.aclose()
+        raise self._refused(response, data, dialect, body)
+
+    async def _answer(
+        self, response: httpx2.Response, dialect: UpstreamDialect, body: Json, started_s: float
+    ) -> AsyncIterator[Delta]:
+        headers = _client_headers(response.headers, self.name)
+        if not body.get("stream"):
+            async with asyncio.timeout(self._left_s(started_s)):
+                data = await response.aread()
+            for delta in dialect.read_whole(data):
+                yield _with_headers(delta, headers)
+            return
+        reader = dialect.reader(body)
+        async for delta in self._stream(response, reader, started_s):
+            yield _with_headers(delta, headers)
+            headers = ()
+
+    async def _stream(self, response: httpx2.Response, reader: Reader, started_s: float) -> AsyncIterator[Delta]:
+        """Deltas as they come. Raises UpstreamFailed where they stop coming, or take longer than they may."""
+        options = self.options
+        chunks = response.aiter_raw()
+        said = False
+        limit_s = options.first_s - (self._clock.monotonic_s() - started_s)
+        while True:
+            limit_s = min(limit_s, self._left_s(started_s))
+            try:
+                async with asyncio.timeout(max(0.0, limit_s)):
+                    chunk = await anext(chunks, b"")
+            except TimeoutError as error:
+                what = "nothing more came" if said else "no first token came"
+                raise self._late(f"{what} within {max(0.0, limit_s):.3g} s", elsewhere=not said) from error
+            if not chunk:
+                raise BackendFailed(f"The upstream {self.name} cut its answer off.")
+            for delta in reader.feed(chunk):
+                said = said or not isinstance(delta, Raw | Begin | Finish)
+                yield delta
+                if isinstance(delta, End):
+                    return
+            if said:
+                limit_s = options.between_s
+            else:
+                limit_s = options.first_s - (self._clock.monotonic_s() - started_s)
+
+    def _left_s(self, started_s: float) -> float:
+        return self.options.total_s - (self._clock.monotonic_s() - started_s)
+
+    # -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+    def _refused(self, response: httpx2.Response, data: bytes, dialect: UpstreamDialect, body: Json) -> UpstreamFailed:
+        status = response.status_code
+        error = dialect.read_error(status, data)
+        advice = response.headers.get("x-should-retry")
+        not_done = status in (429, 503, 529)
+        again = advice == "true" or (advice != "false" and (not_done or (status in (500, 502) and _repeatable(body))))
+        message = f"{self.name}: {error.message}"
+        if status in (401, 403) and self.options.key:
+            # Ours is the key that was refused, so there is nothing the client could mend.
+            return UpstreamFailed(f"The upstream {self.name} refused its API key.", 502, code="upstream_auth", elsewhere=True)
+        if status < 400:
+            message, status = f"The upstream {self.name} answered with status {status}.", 502
+        return UpstreamFailed(
+            message,
+            status,
+            param=error.param,
+            code=error.code,
+            retry_after_s=_seconds(response.headers.get("retry-after")),
+            elsewhere=status >= 500 or status in (408, 429) or (status == 404 and error.code != "not_found_error"),
+            again=again,
+            dialect=dialect.name,
+            body=data if error.readable else b"",
+        )
+
+    def _unreachable(self, error: httpx2.HTTPError, body: Json) -> UpstreamFailed:
+        unsent = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
+        what = "cannot be reached" if unsent else "broke the connection"
+        detail = str(error) or type(error).__name__
+        return UpstreamFailed(
+            f"The upstream {self.name} {what}: {detail}",
+            502,
+            code="upstream_unreachable",
+            elsewhere=True,
+            again=unsent or _repeatable(body),
+        )
+
+    def _late(self, what: str, *, elsewhere: bool = True) -> UpstreamFailed:
+        return UpstreamFailed(
+            f"The upstream {self.name} is too slow: {what}.", 504, code="upstream_timeout", elsewhere=elsewhere
+        )
+
+
+class _Counted(msgspec.Struct, frozen=True):
+    input_tokens: int
+
+
+_EFFECTS = ("background", "conversation", "container", "mcp_servers")
+
+
+def _repeatable(body: Json) -> bool:
+    """Whether answering `body` twice does no harm: nothing is kept by it, and none of the provider's own tools act for it."""
+    if any(body.get(field) for field in _EFFECTS) or body.get("store") is True:
+        return False
+    tools = body.get("tools")
+    if not isinstance(tools, list):
+        return True
+    return all(isinstance(tool, dict) and tool.get("type", "custom") in ("custom", "function") for tool in tools)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Of `retry-after`. A date is taken as: not said."""
+    try:
+        return None if text is None else max(0.0, float(text))
+    except ValueError:
+        return None
+
+
+def _client_headers(headers: httpx2.Headers, name: str) -> tuple[tuple[str, str], ...]:
+    passed = [(key, value) for key, value in headers.items() if key.startswith(PASSED_ON)]
+    theirs = headers.get("request-id") or headers.get("x-request-id")
+    if theirs:
+        passed.append(("x-anaphora-upstream-request-id", theirs))
+    return (*passed, ("x-anaphora-upstream", name))
+
+
+def _with_headers(delta: Delta, headers: tuple[tuple[str, str], ...]) -> Delta:
+    return msgspec.structs.replace(delta, headers=headers) if headers and isinstance(delta, Raw) else delta
+
+
+def _is_pattern(name: str) -> bool:
+    return any(letter in name for letter in "*?[")
+
+
+def _literal(pattern: str) -> int:
+    """Letters that `pattern` spells out; a name without wildcards counts more than any pattern."""
+    return len(pattern) + 1000 if not _is_pattern(pattern) else len(pattern.replace("*", "").replace("?", ""))

@@ -1,0 +1,312 @@
+"""Several upstreams, and perhaps an engine of one's own, as one backend: who answers which model, and who else if that fails.
+
+A model that the engine has is its own. Any other is answered by the upstreams of the route that names it, or else by those
+whose patterns name it most exactly. One of them is chosen; where it cannot answer, the others are asked, then the fallbacks,
+then (after the pause that was asked for) all of them again. Once a client was given anything of an answer, nobody else
+continues it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from fnmatch import fnmatchcase
+from typing import Any
+
+import msgspec
+
+from anaphora.backends.base import Backend, Measuring, StandsIn
+from anaphora.backends.breaker import Breaker
+from anaphora.backends.upstream import Upstream
+from anaphora.clock import Clock, SystemClock
+from anaphora.config import GatewayConfig
+from anaphora.errors import BackendFailed, ModelNotFound, NotFound, ServiceError, UpstreamFailed
+from anaphora.prompt import Lengths, Prompt
+from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 30.0
+"""The longest pause before everybody is asked again; a client that is told to come back later than that is told so."""
+_FIRST_PAUSE_S = 0.5
+
+Sleep = Callable[[float], Awaitable[object]]
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Somebody who may be asked: an upstream, and the model to ask it for."""
+
+    upstream: Upstream
+    model: str
+
+
+class Fleet:
+    """A `Backend` over `upstreams` and `local`. Owns them all."""
+
+    def __init__(
+        self,
+        upstreams: Sequence[Upstream],
+        config: GatewayConfig,
+        *,
+        local: Backend | None = None,
+        clock: Clock | None = None,
+        sleep: Sleep = asyncio.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._upstreams = {upstream.name: upstream for upstream in upstreams}
+        self._config = config
+        self._retries = {one.name: one.retries for one in config.upstreams}
+        self._local = local
+        self._clock = clock or SystemClock()
+        self._sleep = sleep
+        self._rng = rng or random.Random()
+        self._breakers = {name: Breaker(config.breaker_failures, config.breaker_rest_s) for name in self._upstreams}
+        self._local_models: tuple[ModelInfo, ...] = ()
+        self._models: tuple[ModelInfo, ...] = ()
+        self.takes_provider_blocks = True
+
+    # -- which models there are ----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        for upstream in self._upstreams.values():
+            await upstream.start()
+        if self._local is not None:
+            await self._local.start()
+
+    def ready(self) -> bool:
+        return any(upstream.ready() for upstream in self._upstreams.values())
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """The engine's as far as they are known without waiting, and those that upstreams name one by one."""
+        if self._local is not None and self._local.ready():
+            self._local_models = await self._local.models()
+        named = [model.id for upstream in self._upstreams.values() for model in await upstream.models()]
+        own = {model.id for model in self._local_models}
+        models = (*self._local_models, *(self._hosted(name) for name in dict.fromkeys(named) if name not in own))
+        if models != self._models:
+            self._models = models
+        return self._models
+
+    async def loaded(self) -> None:
+        """Returns when the engine, if there is one, has said which models it has."""
+        if self._local is not None:
+            await self._local.models()
+
+    def model(self, name: str) -> ModelInfo | None:
+        """One that is not among `models`, but that some upstream is asked for all the same."""
+        return self._hosted(name) if self._pool(name) else None
+
+    def hosts(self, model: str) -> bool:
+        """Whether upstreams answer for `model`."""
+        return not self._is_local(model) and bool(self._pool(model))
+
+    def passes_on(self, model: str, dialect: str) -> bool:
+        """Whether a body of `dialect` may go out as it came in."""
+        return self.hosts(model) and any(target.upstream.speaks(dialect) for target in self._pool(model))
+
+    def _hosted(self, name: str) -> ModelInfo:
+        """With a fingerprint that changes when somebody else answers for it, so that answers do not outlive that."""
+        digest = hashlib.sha256()
+        for target in self._pool(name):
+            options = target.upstream.options
+            digest.update(f"{options.base_url}\0{options.rename.get(name, name)}\n".encode())
+        return ModelInfo(name, fingerprint=digest.hexdigest())
+
+    def _is_local(self, model: str) -> bool:
+        return any(model == own.id for own in self._local_models)
+
+    def _pool(self, model: str) -> tuple[Target, ...]:
+        """Those of whom one is chosen. Empty: nobody answers for `model`."""
+        for route in self._config.routes:
+            if any(fnmatchcase(model, pattern) for pattern in route.models):
+                return tuple([Target(self._upstreams[name], model) for name in route.upstreams])
+        found = {upstream: upstream.serves(model) for upstream in self._upstreams.values()}
+        best = max((exactness for exactness in found.values() if exactness is not None), default=None)
+        return tuple([Target(upstream, model) for upstream, exactness in found.items() if exactness == best is not None])
+
+    def _fallbacks(self, model: str) -> Iterator[Target]:
+        for route in self._config.routes:
+            if any(fnmatchcase(model, pattern) for pattern in route.models):
+                for fallback in route.fallbacks:
+                    name, _, other = fallback.partition(":")
+                    yield Target(self._upstreams[name], other or model)
+                return
+
+    # -- answering -----------------------------------------------------------------------------------------------------
+
+    async def run(self, request: Request) -> AsyncIterator[Delta]:
+        if self._local is not None and not self.hosts(request.model):
+            async with aclosing(_generator(self._local.run(request))) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        async with aclosing(self._from_upstreams(request)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _from_upstreams(self, request: Request) -> AsyncIterator[Delta]:
+        pool = self._pool(request.model)
+        if not pool:
+            raise ModelNotFound(f"No upstream answers for the model '{request.model}'.", param="model")
+        fallbacks = tuple(self._fallbacks(request.model))
+        retries = max(self._retries.get(target.upstream.name, 0) for target in pool)
+        pause_s = _FIRST_PAUSE_S
+        for attempt in range(retries + 1):
+            failure: ServiceError | None = None
+            untried = [*self._ordered(request, pool), *fallbacks]
+            while untried:
+                target = untried.pop(0)
+                breaker = self._breakers[target.upstream.name]
+                if not breaker.passes(self._clock.monotonic_s()):
+                    continue
+                try:
+                    async with aclosing(self._attempt(target, breaker, request, alone=not untried)) as deltas:
+                        async for delta in deltas:
+                            yield delta
+                    return
+                except _Nothing as nothing:
+                    failure = nothing.error
+                    log.info("upstream %s did not answer: %s", target.upstream.name, failure.message)
+            if failure is None:
+                raise self._all_resting(pool, fallbacks)
+            wait_s = max(pause_s * (0.5 + self._rng.random()), failure.retry_after_s or 0.0)
+            if attempt == retries or not _again(failure) or wait_s > PATIENCE_S:
+                raise failure
+            await self._sleep(wait_s)
+            pause_s *= 2
+
+    async def _attempt(self, target: Target, breaker: Breaker, request: Request, *, alone: bool) -> AsyncIterator[Delta]:
+        """One upstream's answer. Raises _Nothing where somebody else may be asked instead: nothing was given out yet.
+
+        Unless it is `alone`, the beginning of an answer is held back until it says something.
+        """
+        upstream = target.upstream
+        other = target.model != request.model
+        asking = msgspec.structs.replace(request, model=target.model) if other else request
+        trial = breaker.sent()
+        held: list[Delta] = []
+        given = False
+        try:
+            async with aclosing(upstream.run(asking)) as deltas:
+                async for delta in deltas:
+                    if isinstance(delta, Begin):
+                        delta = msgspec.structs.replace(delta, upstream=upstream.name)
+                    elif other and isinstance(delta, End):
+                        # What another model said is no answer to remember under the name of this one.
+                        delta = msgspec.structs.replace(delta, faithful=False)
+                    if not given and not alone and isinstance(delta, Raw | Begin):
+                        held.append(delta)
+                        continue
+                    for early in held:
+                        yield early
+                    held.clear()
+                    given = True
+                    yield delta
+            breaker.succeeded()
+        except ServiceError as error:
+            if _its_fault(error):
+                breaker.failed(self._clock.monotonic_s(), trial)
+            else:
+                breaker.succeeded()  # it answers; that it says no is another matter
+            if given or not _elsewhere(error):
+                raise
+            raise _Nothing(error) from error
+        except BaseException:
+            breaker.left(trial)
+            raise
+
+    def _ordered(self, request: Request, pool: Sequence[Target]) -> list[Target]:
+        """The pool, whom to ask first in front."""
+        return sorted(pool, key=lambda target: target.upstream.num_running)
+
+    def _all_resting(self, pool: Sequence[Target], fallbacks: Sequence[Target]) -> UpstreamFailed:
+        now_s = self._clock.monotonic_s()
+        names = list(dict.fromkeys(target.upstream.name for target in (*pool, *fallbacks)))
+        wait_s = min(self._breakers[name].opens_in_s(now_s) for name in names)
+        return UpstreamFailed(
+            f"{' and '.join(names)} failed too often just now and will be tried again soon.",
+            503,
+            code="upstream_resting",
+            retry_after_s=max(1.0, wait_s),
+        )
+
+    # -- the rest of Backend ---------------------------------------------------------------------------------------------
+
+    async def count_tokens(self, request: Request) -> int:
+        if self._local is not None and not self.hosts(request.model):
+            return await self._local.count_tokens(request)
+        failure: ServiceError = NotFound("No upstream can count the tokens of this model.", code="no_token_count")
+        for target in self._pool(request.model):
+            try:
+                return await target.upstream.count_tokens(request)
+            except ServiceError as error:
+                failure = error
+        raise failure
+
+    def measures(self, model: str) -> bool:
+        """Whether this server itself accounts for the prompts of `model`."""
+        return not self.hosts(model) and isinstance(self._local, Measuring)
+
+    async def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
+        if self.hosts(request.model) or not isinstance(self._local, Measuring):
+            return None
+        return await self._local.measure(request, prompt)
+
+    def stands_in(self, model: str) -> bool:
+        """Whether `model` may take what only the provider's own models can."""
+        return self.hosts(model) or (isinstance(self._local, StandsIn) and self._local.takes_provider_blocks)
+
+    async def forget(self, scope: Scope) -> int:
+        return 0 if self._local is None else await self._local.forget(scope)
+
+    async def stats(self) -> dict[str, Any]:
+        found = {} if self._local is None else dict(await self._local.stats())
+        for name, upstream in self._upstreams.items():
+            found |= {f"upstream_{name}_{key}": value for key, value in (await upstream.stats()).items()}
+            breaker = self._breakers[name]
+            found[f"upstream_{name}_resting"] = int(not breaker.passes(self._clock.monotonic_s()))
+            found[f"upstream_{name}_num_rests"] = breaker.num_opened
+        return found
+
+    async def aclose(self) -> None:
+        for upstream in self._upstreams.values():
+            await upstream.aclose()
+        if self._local is not None:
+            await self._local.aclose()
+
+
+class _Nothing(Exception):
+    """An upstream did not answer, and nothing of an answer was given out: somebody else may be asked."""
+
+    def __init__(self, error: ServiceError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def _elsewhere(error: ServiceError) -> bool:
+    """Another upstream may well answer the same request. A cut answer is nobody's own fault but the upstream's."""
+    return error.elsewhere if isinstance(error, UpstreamFailed) else isinstance(error, BackendFailed)
+
+
+def _again(error: ServiceError) -> bool:
+    return isinstance(error, UpstreamFailed) and error.again
+
+
+def _its_fault(error: ServiceError) -> bool:
+    """Whether `error` tells that the upstream is not well. That it limits its clients does not."""
+    return error.status >= 500 and error.code != "upstream_auth"
+
+
+async def _generator(deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    """`deltas` as something that can be closed, whatever it is."""
+    try:
+        async for delta in deltas:
+            yield delta
+    finally:
+        aclose = getattr(deltas, "aclose", None)
+        if aclose is not None:
+            await aclose()
