@@ -30,7 +30,7 @@ CORNERS = {
     "gguf": ("anaphora.backends.engine_*",),
     "safetensors": ("anaphora.backends.engine_*", "anaphora.kv.*"),
     "starlette": ("anaphora.server.*",),
-    "uvicorn": ("anaphora.server.*",),
+    "uvicorn": ("anaphora.server.*", "anaphora.testing.upstream.serving"),
     "prometheus_client": ("anaphora.server.*",),
     "redis": ("anaphora.tiers.valkey.*",),
     "genai_prices": ("anaphora.profiles.prices",),
