@@ -31,6 +31,7 @@ from anaphora.kv.arena import Arena
 from anaphora.kv.cache import KVCache
 from anaphora.kv.ends import PromptEnd, PromptEnds, end_key
 from anaphora.kv.pool import KVPool
+from anaphora.kv.tails import Tails
 from anaphora.types import (
     Begin,
     BlockHash,
@@ -39,6 +40,7 @@ from anaphora.types import (
     Finish,
     FinishReason,
     Scope,
+    Tenant,
 )
 
 _ARRIVAL_S = 0.002
@@ -88,6 +90,7 @@ class Scheduler:
         self._arena = arena
         self._cache = cache
         self._ends = ends
+        self._tails = Tails(cache.num_blocks)
         self._tiers = tiers
         self._options = options
         self._clock = clock
@@ -119,6 +122,7 @@ class Scheduler:
         for job, _ in itertools.chain(self._running, self._waiting):
             job.forgotten = job.forgotten or scope.tenant in (None, job.tenant)
         self._ends.forget(scope)
+        self._tails.forget(scope)
         return self._cache.forget(scope)
 
     def fail_all(self, error: ServiceError) -> None:
@@ -225,8 +229,26 @@ class Scheduler:
         if end is not None:
             self._pool.write_arena(extent[0] + sequence.num_computed, end.kv)
             sequence.known, sequence.num_computed = end.hidden, len(sequence.tokens)
+        elif self._caches(job):
+            self._load_tail(sequence, job.tenant)
         if sequence.reused is None:
             self._count_first_entry(job, sequence)
+
+    def _load_tail(self, sequence: Generation, tenant: Tenant) -> None:
+        """The tokens behind the matched blocks that it shares with a block of another prompt. The last one is left to compute.
+
+        Without any matched block, all that two prompts share are the first words of the model's template."""
+        assert sequence.extent is not None
+        at, size = sequence.num_computed, self._pool.block_size
+        if not at:
+            return
+        following = sequence.tokens[at : min(at + size, len(sequence.tokens) - 1)]
+        for tail in self._tails.find(_parent(sequence, at // size), following, tenant):
+            block_id = self._cache.find(tail.block, tenant=tenant)
+            if block_id is not None:
+                self._pool.load_head(block_id, tail.num_tokens, sequence.extent[0] + at)
+                sequence.num_computed += tail.num_tokens
+                return
 
     def _count_first_entry(self, job: Job, sequence: Generation) -> None:
         sequence.reused = sequence.num_computed
@@ -251,8 +273,7 @@ class Scheduler:
 
     def _end_key(self, sequence: Generation) -> BlockHash:
         num_blocks = (len(sequence.tokens) - 1) // self._pool.block_size
-        parent = sequence.hashes[num_blocks - 1] if num_blocks else sequence.namespace
-        return end_key(parent, sequence.tokens[num_blocks * self._pool.block_size :])
+        return end_key(_parent(sequence, num_blocks), sequence.tokens[num_blocks * self._pool.block_size :])
 
     def _keep_ends(self, sampled: list[tuple[Job, Generation]], hidden: torch.Tensor) -> None:
         """Of prompts that were just computed to their end; `hidden` has a row for each of `sampled`."""
@@ -354,6 +375,9 @@ class Scheduler:
         sequence.num_committed += stored.num_adopted
         self._pool.save(stored.block_ids, sequence.extent[0] + sequence.num_committed * size)
         self._cache.commit(sequence.lease, len(stored.block_ids), cost_s=cost_s)
+        for number in range(sequence.num_committed, sequence.num_committed + len(stored.block_ids)):
+            tokens = sequence.tokens[number * size : (number + 1) * size]
+            self._tails.add(_parent(sequence, number), sequence.hashes[number], tokens, sequence.lease.tenant)
         self._tiers.committed(sequence, sequence.num_committed, stored.block_ids, cost_s, size)
         sequence.num_committed += len(stored.block_ids)
         self._pin(sequence)
@@ -410,3 +434,8 @@ class Scheduler:
             start, end = sequence.extent
             self._arena.free(start, end - start)
             sequence.extent = None
+
+
+def _parent(sequence: Generation, number: int) -> bytes:
+    """What names everything before the `number`-th block."""
+    return sequence.hashes[number - 1] if number else sequence.namespace

@@ -349,6 +349,13 @@ class KVCache:
         """How many blocks `match` would find now. Changes nothing, and counts as no use. O(number of blocks)."""
         return len(self._cached_prefix(hashes, num_tokens, tenant))
 
+    def find(self, block_hash: BlockHash, *, tenant: Tenant) -> int | None:
+        """The physical block of the committed block `block_hash`; None: it is not there. Changes nothing, and counts as no use:
+        it may be evicted as soon as anything else is asked of the cache."""
+        block = self._index.get(block_hash)
+        committed = block is not None and block.state is _State.COMMITTED and block.tenant == tenant
+        return block.id if block is not None and committed else None
+
     def awaited(self, hashes: Sequence[BlockHash], num_tokens: int, *, tenant: Tenant) -> BlockHash | None:
         """Of the blocks right behind what `match` would find now, the last one that is being computed by somebody, and all
         before it too; None: the first one is not. Changes nothing. O(number of blocks).

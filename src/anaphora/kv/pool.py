@@ -46,6 +46,10 @@ class KVPool:
             target = self._span(start + offset * self.block_size, count)
             target.copy_(self._blocks[first : first + count].permute(1, 2, 3, 0, 4, 5))
 
+    def load_head(self, block_id: int, count: int, start: int) -> None:
+        """Copy the first `count` tokens of a block into the arena, from position `start` on."""
+        self.arena[:, :, :, start : start + count].copy_(self._blocks[block_id, :, :, :, :count])
+
     def save(self, block_ids: Sequence[int], start: int) -> None:
         """Copy the arena's positions from `start` on into blocks."""
         for first, count, offset in _runs(block_ids):
