@@ -58,6 +58,7 @@ CHANGES: dict[str, list[Any]] = {
     "tools": [(), BASE.tools * 2],
     "cache_salt": ["", "salt"],
     "exact_kv": [True],
+    "variant": ["anthropic-beta: context-1m"],
     "extra": [{}, {**BASE.extra, "new": None}, {**BASE.extra, "limits": [2, 1]}],
 }
 SAMPLING_CHANGES: dict[str, list[Any]] = {
@@ -114,7 +115,7 @@ def test_every_change_of_any_field_is_another_question() -> None:
 
 
 def test_no_field_was_overlooked_by_the_tests_above() -> None:
-    assert {*CHANGES, "sampling", "tool_choice", "stream", "max_tokens", "keep"} == set(Request.__struct_fields__)
+    assert {*CHANGES, "sampling", "tool_choice", "stream", "max_tokens", "keep", "native"} == set(Request.__struct_fields__)
     assert set(SAMPLING_CHANGES) == set(Sampling.__struct_fields__)
     assert set(CHOICE_CHANGES) == set(ToolChoice.__struct_fields__)
 

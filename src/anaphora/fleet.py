@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import Any
@@ -148,7 +148,7 @@ class Fleet:
             async for delta in deltas:
                 yield delta
 
-    async def _from_upstreams(self, request: Request) -> AsyncIterator[Delta]:
+    async def _from_upstreams(self, request: Request) -> AsyncGenerator[Delta, None]:
         pool = self._pool(request.model)
         if not pool:
             raise ModelNotFound(f"No upstream answers for the model '{request.model}'.", param="model")
@@ -179,7 +179,7 @@ class Fleet:
             await self._sleep(wait_s)
             pause_s *= 2
 
-    async def _attempt(self, target: Target, breaker: Breaker, request: Request, *, alone: bool) -> AsyncIterator[Delta]:
+    async def _attempt(self, target: Target, breaker: Breaker, request: Request, *, alone: bool) -> AsyncGenerator[Delta, None]:
         """One upstream's answer. Raises _Nothing where somebody else may be asked instead: nothing was given out yet.
 
         Unless it is `alone`, the beginning of an answer is held back until it says something.
@@ -301,7 +301,7 @@ def _its_fault(error: ServiceError) -> bool:
     return error.status >= 500 and error.code != "upstream_auth"
 
 
-async def _generator(deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+async def _generator(deltas: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None]:
     """`deltas` as something that can be closed, whatever it is."""
     try:
         async for delta in deltas:

@@ -96,10 +96,12 @@ def request_key(request: Request, *, fingerprint: str) -> Key:
             body = _encode_with_plain_numbers(view)
     floats = (s.temperature, s.top_p, s.min_p, s.frequency_penalty, s.presence_penalty)
     sampling = _encode([None if x is None else float(x) + 0.0 for x in floats])  # + 0.0 makes -0.0 into 0.0
-    fields = (b"answer", request.tenant.encode(), fingerprint.encode(), body, sampling)
+    fields = [b"answer", request.tenant.encode(), fingerprint.encode(), body, sampling]
     if request.variant:
-        fields = (*fields, b"variant", request.variant.encode())
-    return Key(digest((*fields, b"exact") if request.exact_kv else fields))
+        fields += [b"variant", request.variant.encode()]
+    if request.exact_kv:
+        fields.append(b"exact")
+    return Key(digest(fields))
 
 
 def derived_key(key: Key, name: str, number: int) -> Key:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import Any
@@ -107,7 +107,7 @@ class Upstream:
         """Those that the configuration names; a pattern names none."""
         return tuple([ModelInfo(name) for name in self.options.models if not _is_pattern(name)])
 
-    async def run(self, request: Request) -> AsyncIterator[Delta]:
+    async def run(self, request: Request) -> AsyncGenerator[Delta, None]:
         dialect, body = self._written(request)
         sent = self._request(request, dialect.path, encode(body))
         started_s = self._clock.monotonic_s()
@@ -238,7 +238,7 @@ class Upstream:
 
     async def _answer(
         self, response: httpx2.Response, dialect: UpstreamDialect, body: Json, started_s: float
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         headers = _client_headers(response.headers, self.name)
         if not body.get("stream"):
             async with asyncio.timeout(self._left_s(started_s)):
