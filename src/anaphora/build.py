@@ -13,7 +13,7 @@ from anaphora.backends.echo import EchoBackend, Options
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
 from anaphora.codecs.effects import check_default
-from anaphora.config import CacheConfig, Config, EngineConfig
+from anaphora.config import Api, CacheConfig, Config, EngineConfig, UpstreamConfig, upstream_key
 from anaphora.errors import ConfigError
 from anaphora.events import Emit, ignore
 from anaphora.forgets import Forgets
@@ -28,6 +28,8 @@ from anaphora.tiers.base import Eviction, Tier, eviction
 from anaphora.types import Key
 
 if TYPE_CHECKING:
+    from anaphora.fleet import Fleet
+    from anaphora.wire.upstream import UpstreamDialect
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_ipc import Status
     from anaphora.tiers.valkey import ValkeyTier
@@ -53,9 +55,11 @@ def build(
     is what those workers tell each other.
     """
     clock = clock or SystemClock()
-    backend = _backend(config, say, on_status, engine)
-    accounting = _accounting(config.engine, backend, clock, emit)
-    further = backend.model if isinstance(backend, EchoBackend) else None
+    local = None if config.engine.kind == "none" else _backend(config, say, on_status, engine)
+    accounting = None if local is None else _accounting(config.engine, local, clock, emit)
+    fleet = _fleet(config, local, clock) if config.gateway.upstreams else None
+    backend: Backend = fleet or local or _nobody()
+    further = fleet.model if fleet is not None else local.model if isinstance(local, EchoBackend) else None
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
@@ -101,6 +105,42 @@ def _backend(config: Config, say: Say | None, on_status: OnStatus | None, addres
             return EngineClient(address, on_status=on_status)
         return cast(Backend, kind(engine_options(config), on_status=on_status, on_log=say))
     return cast(Backend, kind(config.engine))  # of a third party
+
+
+def _nobody() -> Backend:
+    raise ConfigError("engine.kind: without an engine there must be upstreams; add [[gateway.upstreams]]")
+
+
+def _fleet(config: Config, local: Backend | None, clock: Clock) -> Fleet:
+    from anaphora.backends.upstream import Upstream, UpstreamOptions
+    from anaphora.fleet import Fleet
+
+    shared = set(UpstreamOptions.__struct_fields__) & set(UpstreamConfig.__struct_fields__)
+    upstreams = []
+    for one in config.gateway.upstreams:
+        fields = {name: getattr(one, name) for name in shared}
+        options = UpstreamOptions(**fields, anthropic=one.dialect == "anthropic", key=upstream_key(one))
+        upstreams.append(Upstream(options, _dialects(one), clock=clock))
+    return Fleet(upstreams, config.gateway, local=local, clock=clock)
+
+
+def _dialects(upstream: UpstreamConfig) -> dict[str, UpstreamDialect]:
+    """What it speaks; the first is for questions that came in another dialect."""
+    if upstream.dialect == "anthropic":
+        from anaphora.wire.upstream_anthropic import UpstreamAnthropic
+
+        return {"anthropic": UpstreamAnthropic(max_tokens=upstream.max_tokens)}
+    from anaphora.wire.upstream_chat import UpstreamChat
+    from anaphora.wire.upstream_completions import UpstreamCompletions
+    from anaphora.wire.upstream_responses import UpstreamResponses
+
+    apis: dict[Api, UpstreamDialect] = {
+        "chat": UpstreamChat(),
+        "responses": UpstreamResponses(),
+        "completions": UpstreamCompletions(),
+    }
+    wanted = upstream.apis or tuple(apis)
+    return {apis[api].name: apis[api] for api in wanted}
 
 
 def _tokenizer(config: Config) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from anaphora.backends.base import Backend
+from anaphora.backends.base import Backend, Hosting
 from anaphora.errors import ModelNotFound
 from anaphora.types import ModelInfo
 
@@ -34,13 +34,18 @@ class Catalogue:
         if models is not self._models:  # a restarted backend may have other weights, and so other fingerprints
             self._models = models
             self._by_name = {model.id: model for model in models}
-            self._by_name |= dict.fromkeys(self._aliases, models[0]) if models else {}
+            own = [model for model in models if not isinstance(self._backend, Hosting) or not self._backend.hosts(model.id)]
+            self._by_name |= dict.fromkeys(self._aliases, own[0]) if own else {}
         return models
 
     async def get(self, name: str) -> ModelInfo:
         """The model that clients call `name`. Raises ModelNotFound with the ids there are."""
         models = await self.all()
         model = self._by_name.get(name) or self._further(name)
+        if model is None and isinstance(self._backend, Hosting):  # it does not wait for an engine of its own that is loading
+            await self._backend.loaded()
+            models = await self.all()
+            model = self._by_name.get(name)
         if model is None:
             ids = ", ".join(model.id for model in models)
             raise ModelNotFound(f"The model '{name}' does not exist here; there is: {ids}.", param="model")

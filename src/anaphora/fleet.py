@@ -19,13 +19,12 @@ from typing import Any
 
 import msgspec
 
-from anaphora.backends.base import Backend, Measuring, StandsIn
+from anaphora.backends.base import Backend
 from anaphora.backends.breaker import Breaker
 from anaphora.backends.upstream import Upstream
 from anaphora.clock import Clock, SystemClock
 from anaphora.config import GatewayConfig
 from anaphora.errors import BackendFailed, ModelNotFound, NotFound, ServiceError, UpstreamFailed
-from anaphora.prompt import Lengths, Prompt
 from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope
 
 log = logging.getLogger(__name__)
@@ -246,19 +245,6 @@ class Fleet:
             except ServiceError as error:
                 failure = error
         raise failure
-
-    def measures(self, model: str) -> bool:
-        """Whether this server itself accounts for the prompts of `model`."""
-        return not self.hosts(model) and isinstance(self._local, Measuring)
-
-    async def measure(self, request: Request, prompt: Prompt) -> Lengths | None:
-        if self.hosts(request.model) or not isinstance(self._local, Measuring):
-            return None
-        return await self._local.measure(request, prompt)
-
-    def stands_in(self, model: str) -> bool:
-        """Whether `model` may take what only the provider's own models can."""
-        return self.hosts(model) or (isinstance(self._local, StandsIn) and self._local.takes_provider_blocks)
 
     async def forget(self, scope: Scope) -> int:
         return 0 if self._local is None else await self._local.forget(scope)

@@ -10,7 +10,7 @@ import msgspec
 
 from anaphora.accounting import NOBODY, Accounting, Asked
 from anaphora.answer import Answer, Live, Meter, Recalled, Source
-from anaphora.backends.base import Backend, StandsIn
+from anaphora.backends.base import Backend, Hosting, StandsIn
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import NotCached
@@ -62,6 +62,7 @@ class Gateway:
         self._memory = memory
         self._catalogue = catalogue
         self._accounting = accounting
+        self._hosting = backend if isinstance(backend, Hosting) else None
         self._clock = clock or SystemClock()
         self._emit = emit
         self._flights = Flights()
@@ -84,6 +85,14 @@ class Gateway:
     def takes_provider_blocks(self) -> bool:
         """Whether requests may have what only a provider's own models can take."""
         return isinstance(self._backend, StandsIn) and self._backend.takes_provider_blocks
+
+    def hosts(self, model: str) -> bool:
+        """Whether others than an engine of this server answer for `model`."""
+        return self._hosting is not None and self._hosting.hosts(model)
+
+    def passes_on(self, model: str, dialect: str) -> bool:
+        """Whether a body of `dialect` that asks for `model` may go to whoever answers for it as it came in."""
+        return self._hosting is not None and self._hosting.passes_on(model, dialect)
 
     async def complete(self, request: Request, control: CacheControl = NO_DIRECTIVES, asked: Asked | None = None) -> Answer:
         """Answer one request. Raises ModelNotFound, NotCached where `only_if_cached` finds nothing, and InvalidRequest for a
@@ -111,7 +120,7 @@ class Gateway:
             raise NotCached("Nothing that this request accepts is cached, and it asks for cached answers only.")
 
         bill = None
-        if self._accounting is not None and asked is not None:
+        if self._accounting is not None and asked is not None and not self.hosts(request.model):
             bill = await self._accounting.open(request, asked, arrived_s)
 
         async def landed(completion: Completion) -> None:
@@ -120,7 +129,9 @@ class Gateway:
             await self._learn(request, model, control, completion, recalled)
 
         # With the mark: who asks after a forget does not get an answer from before it. With what is to be kept: or it is not.
-        key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, request.keep, recalled.mark)
+        # Of an upstream's own bytes there is one form only: streamed or whole, in its dialect.
+        form = None if request.native is None else (request.native.dialect, request.native.credential, request.stream)
+        key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, request.keep, recalled.mark, form)
         asking = request if bill is None else bill.keeping(request)
         subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
@@ -138,7 +149,7 @@ class Gateway:
         """Prompt tokens of `request`, whatever is cached; with `prompt`, as they are accounted for."""
         model = await self._catalogue.get(request.model)
         request = msgspec.structs.replace(request, model=model.id)
-        if self._accounting is not None and prompt is not None:
+        if self._accounting is not None and prompt is not None and not self.hosts(request.model):
             counted = await self._accounting.count(request, prompt)
             if counted is not None:
                 return counted

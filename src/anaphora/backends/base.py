@@ -53,6 +53,23 @@ class Measuring(Protocol):
 
 
 @runtime_checkable
+class Hosting(Protocol):
+    """A backend that has others answer: hosted APIs, and whoever speaks like them."""
+
+    def hosts(self, model: str) -> bool:
+        """Whether others answer for `model`, by their own rules and with their own usage."""
+        ...
+
+    async def loaded(self) -> None:
+        """Returns when an engine of one's own, if there is one too, has said which models it has. `models` does not wait."""
+        ...
+
+    def passes_on(self, model: str, dialect: str) -> bool:
+        """Whether a body of `dialect` (`wire.base.Dialect.name`) that asks for `model` may go out as it came in."""
+        ...
+
+
+@runtime_checkable
 class StandsIn(Protocol):
     """A backend that may stand for the provider's own models, and take what only those can (`types.ProviderPart`)."""
 

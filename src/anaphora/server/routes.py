@@ -16,11 +16,11 @@ from anaphora.answer import Live, Recalled
 from anaphora.clock import ManualClock
 from anaphora.errors import BackendFailed, InvalidRequest, NotFound, PermissionDenied, ServiceError
 from anaphora.explain import Trail
-from anaphora.server import headers
+from anaphora.server import headers, passing
 from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, id_header
 from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import CONTENT_TYPE
-from anaphora.types import Begin, Delta, End, Raw, Scope, Tenant
+from anaphora.types import Begin, Delta, End, Raw, Request, Scope, Tenant
 from anaphora.wire import sse
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import Dialect, Parsed, Rendering, StreamWriter
@@ -76,9 +76,8 @@ class Answers(Endpoint):
             trail.over("left")
 
     async def _answer(self, call: Call, body: bytes, answer_id: str, trail: Trail) -> None:
-        parse = self._parse_again if len(body) <= _SHORT_BODY else self._parse
-        parsed = parse(body, call.tenant, call.version)
-        request = headers.with_wishes(parsed.request, call.head.get(b"x-anaphora-kv"), call.head.get(b"x-anaphora-kv-keep"))
+        parsed, request = self._read(call, body)
+        request = headers.with_wishes(request, call.head.get(b"x-anaphora-kv"), call.head.get(b"x-anaphora-kv-keep"))
         trail.model = request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
         tag = headers.tag(call.head.get(b"x-anaphora-tag"))
@@ -91,6 +90,22 @@ class Answers(Endpoint):
             self.api.explanations.note(call.tenant, trail, answer, asked)
             rendering = parsed.rendering if answer.bill is None else _billed(parsed.rendering, answer.bill)
             await self._live(call, rendering, answer, trail)
+
+    def _read(self, call: Call, body: bytes) -> tuple[Parsed, Request]:
+        """The body, and the question that it is; for one that an upstream may answer, with the body itself."""
+        parse = self._parse_again if len(body) <= _SHORT_BODY else self._parse
+        gateway, name = self.api.gateway, self._dialect.name
+        unread = ""
+        try:
+            parsed = parse(body, call.tenant, call.version)
+        except InvalidRequest as error:
+            parsed, unread = self._dialect.unread(body, tenant=call.tenant), error.message
+            if not gateway.passes_on(parsed.request.model, name):
+                raise
+        request = parsed.request
+        if gateway.hosts(request.model):
+            request = passing.with_native(request, name, body, call.head, unread=unread, own_keys=bool(self.api.keyring))
+        return parsed, request
 
     async def _recalled(self, call: Call, parsed: Parsed, answer: Recalled) -> None:
         raw = [id_header(self._dialect, call.ids), *headers.of_answer(answer, 0)]
@@ -204,8 +219,19 @@ class CountTokens(Endpoint):
         self._dialect = dialect
 
     async def answer(self, call: Call) -> None:
-        parsed = self._dialect.parse_count(await call.body(), tenant=call.tenant, version=call.version)
-        num_tokens = await self.api.gateway.count_tokens(parsed.request, parsed.prompt)
+        body = await call.body()
+        gateway, name = self.api.gateway, self._dialect.name
+        unread = ""
+        try:
+            parsed = self._dialect.parse_count(body, tenant=call.tenant, version=call.version)
+        except InvalidRequest as error:
+            parsed, unread = self._dialect.unread(body, tenant=call.tenant), error.message
+            if not gateway.passes_on(parsed.request.model, name):
+                raise
+        request = parsed.request
+        if gateway.hosts(request.model):
+            request = passing.with_native(request, name, body, call.head, unread=unread, own_keys=bool(self.api.keyring))
+        num_tokens = await gateway.count_tokens(request, parsed.prompt)
         await call.json(self._dialect.render_count(num_tokens), self._dialect)
 
 

@@ -19,11 +19,11 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-from anaphora.errors import BackendFailed, ServiceError
+from anaphora.errors import BackendFailed, InvalidRequest, ServiceError
 from anaphora.prompt import Diagnosis, Prompt
 from anaphora.types import (
     Completion,
@@ -41,7 +41,7 @@ from anaphora.types import (
     Tool,
     ToolChoice,
 )
-from anaphora.wire.fields import Json, bad_value, opt_int, opt_list, opt_number, opt_string, strings
+from anaphora.wire.fields import Json, bad_value, decode_object, opt_int, opt_list, opt_number, opt_string, strings
 
 encode = msgspec.json.Encoder().encode
 
@@ -124,6 +124,20 @@ class Dialect(ABC):
 
         `version` is the API version from the headers, for dialects that have one.
         """
+
+    def unread(self, body: bytes, *, tenant: Tenant) -> Parsed:
+        """A body that `parse` refuses, for an upstream that may know better: whatever it says is part of the question.
+
+        Raises `InvalidRequest` where not even the model can be made out."""
+        fields = decode_object(body)
+        model = fields.get("model")
+        if not isinstance(model, str) or not model:
+            raise InvalidRequest("The body names no model.", param="model")
+        stream = fields.get("stream") is True
+        said = {key: value for key, value in fields.items() if key not in NEUTRAL and key != "model"}
+        family: Literal["anthropic", "openai"] = "anthropic" if self.name == "anthropic" else "openai"
+        request = Request(model=model, tenant=tenant, stream=stream, extra=said)
+        return Parsed(request, Rendering(model, stream), lambda: Prompt(family, model, ()))
 
     @abstractmethod
     def render(self, completion: Completion, rendering: Rendering, ids: Ids) -> bytes:

@@ -1,0 +1,31 @@
+"""What of a client's request an upstream is to see beside its meaning. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from anaphora.types import Native, Request
+
+SEEN = ("anthropic-", "openai-", "idempotency-key", "x-client-request-id", "x-session-id", "x-grok-conv-id")
+"""Headers, or what they begin with, that are the provider's business."""
+
+_VARIANTS = ("anthropic-beta", "openai-beta")
+"""Those that change what is answered."""
+
+_KEYS = (b"x-api-key", b"authorization")
+
+
+def with_native(
+    request: Request, dialect: str, body: bytes, head: Mapping[bytes, bytes], *, unread: str = "", own_keys: bool
+) -> Request:
+    """`request` with the body it was read from, or could not be (`unread` says why). `own_keys`: the key that the client sent
+    is one of this server's, and nobody else's business."""
+    seen = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.items()}
+    headers = tuple(sorted((name, value) for name, value in seen.items() if name.startswith(SEEN)))
+    key = None if own_keys else next((name for name in _KEYS if name in head), None)
+    credential = None if key is None else (key.decode(), head[key].decode("latin-1"))
+    variant = "\n".join(f"{name}: {value}" for name, value in headers if name in _VARIANTS)
+    native = Native(dialect, body, headers, credential, unread)
+    return msgspec.structs.replace(request, native=native, variant=variant)
