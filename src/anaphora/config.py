@@ -16,6 +16,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -203,6 +204,40 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For how long, the first time; longer each time it still fails."""
 
 
+Dollars = Annotated[Decimal, msgspec.Meta(description="US dollars")]
+
+
+class LimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one tenant may use. None: any amount."""
+
+    tenant: Name
+    """`*`: every tenant without limits of its own, each by itself."""
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    requests_per_hour: Positive | None = None
+    requests_per_day: Positive | None = None
+    requests_per_month: Positive | None = None
+    tokens_per_hour: Positive | None = None
+    tokens_per_day: Positive | None = None
+    tokens_per_month: Positive | None = None
+    usd_per_hour: Dollars | None = None
+    usd_per_day: Dollars | None = None
+    usd_per_month: Dollars | None = None
+
+
+class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: bool = True
+    path: str = ""
+    """The SQLite file. Empty: `ledger.db` in `cache.dir`."""
+    keep_days: Natural = 0
+    """Days that a request stays in it. 0: for ever."""
+    prices: str = ""
+    """A TOML file with prices of one's own."""
+    limits: tuple[LimitConfig, ...] = ()
+    otel: bool = False
+    """Export OpenTelemetry spans and metrics, as the OTEL_* variables say."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of one process. `Config()` is the default configuration; it survives `msgspec.json` round trips."""
 
@@ -210,6 +245,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
+    ledger: LedgerConfig = msgspec.field(default_factory=LedgerConfig)
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -302,6 +338,7 @@ def load(
         engine=EngineConfig(**values.get("engine", {})),
         cache=CacheConfig(**values.get("cache", {})),
         gateway=GatewayConfig(**values.get("gateway", {})),
+        ledger=LedgerConfig(**values.get("ledger", {})),
     )
     _check(config, environ)
     return Loaded(config, sources, tuple(_unknown_variables(environ, config)))
@@ -441,7 +478,7 @@ def _value(setting: Setting, raw: Any, source: str) -> Any:
     """`raw` as the setting's type. Text from flags and variables is read leniently ("8080" is a number); a file's is not."""
     from_text = not source.startswith("file ")
     try:
-        if setting.path == "cache.dir" and isinstance(raw, str):
+        if setting.path in ("cache.dir", "ledger.path", "ledger.prices") and isinstance(raw, str):
             raw = os.path.expanduser(raw)
         elif setting.type == Size and isinstance(raw, str):
             raw = parse_size(raw)
@@ -462,6 +499,11 @@ def _structured(setting: Setting, text: str) -> Any:
     if setting.path == "gateway.upstreams":
         pairs = [item.partition("=") for item in text.split(",") if item.strip()]
         return [_upstream(name.strip(), url.strip()) for name, _, url in pairs]
+    if setting.path == "ledger.limits":
+        try:
+            return msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"expected limits as JSON: {error}") from error
     if setting.path in ("engine.aliases", "engine.profile"):
         return [item.strip() for item in text.split(",") if item.strip()]
     if setting.path == "cache.sampled" and text.startswith("buckets="):
@@ -494,6 +536,7 @@ _FIELDS: dict[str, type[msgspec.Struct]] = {
     "server.keys": ApiKey,
     "gateway.upstreams": UpstreamConfig,
     "gateway.routes": RouteConfig,
+    "ledger.limits": LimitConfig,
 }
 
 
@@ -516,6 +559,7 @@ def _check(config: Config, environ: Mapping[str, str]) -> None:
             "cache.shared: an address such as redis://host:6379/0, rediss://..., redis+cluster://... or unix://..."
         )
     _check_gateway(config.gateway, environ)
+    _check_ledger(config.ledger)
     if config.engine.kind == "none" and not config.gateway.upstreams:
         raise ConfigError("engine.kind: without an engine there must be upstreams; add [[gateway.upstreams]]")
     if config.server.virtual_clock and config.server.workers > 1:
@@ -546,6 +590,27 @@ def _check_gateway(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
                 raise ConfigError(f"gateway.routes[{index}]: there is no upstream {name}{hint}")
         if not route.upstreams:
             raise ConfigError(f"gateway.routes[{index}].upstreams: name at least one")
+
+
+def _check_ledger(ledger: LedgerConfig) -> None:
+    tenants: set[str] = set()
+    for index, limit in enumerate(ledger.limits):
+        where = f"ledger.limits[{index}]"
+        if limit.tenant in tenants:
+            raise ConfigError(f"{where}: {limit.tenant} has limits already; an entry may have several")
+        tenants.add(limit.tenant)
+        amounts = {name: getattr(limit, name) for name in LimitConfig.__struct_fields__ if name != "tenant"}
+        if all(amount is None for amount in amounts.values()):
+            raise ConfigError(f"{where}: it limits nothing; set one of {', '.join(amounts)}")
+        for name, amount in amounts.items():
+            if amount is not None and not 0 < amount < 10**6 and name.startswith("usd"):
+                raise ConfigError(f"{where}.{name}: more than 0 and less than a million dollars, not {amount}")
+    if ledger.limits and not ledger.enabled:
+        raise ConfigError("ledger.limits: limits are held by the ledger; set ledger.enabled = true")
+
+
+def ledger_path(config: Config) -> Path:
+    return Path(config.ledger.path or Path(config.cache.dir, "ledger.db")).expanduser()
 
 
 def upstream_key(upstream: UpstreamConfig, environ: Mapping[str, str] | None = None) -> str:

@@ -14,6 +14,7 @@ AnaphoraError
     ├── MethodNotAllowed   405  the path exists, but not with this method
     ├── TooLarge           413  the body is larger than the limit
     ├── QueueFull          429  too many requests are waiting; `retry_after_s` says when to come back
+    ├── LimitReached       429  the tenant has used up a rate or a budget; `soon`: within a minute there is more
     ├── BackendFailed      500  the computation failed in a way a retry may not mend
     ├── UpstreamFailed     any  a hosted API refused the request, or could not be reached; with its own words
     ├── EngineDied         503  the engine went away under the request; it is coming back, retry
@@ -88,6 +89,15 @@ class TooLarge(ServiceError):
 
 class QueueFull(ServiceError):
     status = 429
+
+
+class LimitReached(ServiceError):
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        self.soon = retry_after_s <= 60
+        code = "rate_limit_exceeded" if self.soon else "budget_exceeded"
+        super().__init__(message, code=code, retry_after_s=retry_after_s)
 
 
 class BackendFailed(ServiceError):

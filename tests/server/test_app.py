@@ -19,7 +19,7 @@ from anaphora.errors import EngineDied, QueueFull
 from anaphora.events import Event, Miss, Stored
 from anaphora.explain import Explanations
 from anaphora.gateway import Gateway
-from anaphora.ledger import Ledger
+from anaphora.ledger.accounts import Ledger
 from anaphora.levels.exact import ExactLevel, ExactOptions
 from anaphora.memory import Memory
 from anaphora.policies.lru import LRU

@@ -6,6 +6,7 @@ Nothing here asks the network. A model nobody has a price for costs None, never 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 
 import msgspec
@@ -57,21 +58,43 @@ def total(usage: CacheUsage) -> int:
 def _public_cost(profile: Profile, usage: CacheUsage, output_tokens: int, model: str, factor: Decimal) -> Cost | None:
     if match(model) is None:
         return None  # a model of one's own, whatever others charge for running it
+    found = listed_cost(model, usage, output_tokens, provider=profile.provider)
+    return None if found is None else Cost(found.input * factor, found.output * factor)
+
+
+def listed_cost(
+    model: str,
+    usage: CacheUsage,
+    output_tokens: int,
+    *,
+    provider: str | None = None,
+    address: str | None = None,
+    details: Mapping[str, int] | None = None,
+) -> Cost | None:
+    """By the list of `genai-prices`, for the provider called `provider`, or the one whose API is at `address`. `details` are
+    kinds of tokens among those of `usage` and of the output, as in `types.Usage`."""
     # Half a second to import, so only when asked for a model that our own table lacks.
     try:
         import genai_prices
     except ImportError:
         return None
-    hour, written = usage.written.get("1h", 0), sum(usage.written.values())
-    counts = genai_prices.Usage(
-        input_tokens=total(usage),
-        output_tokens=output_tokens,
-        cache_read_tokens=usage.read,
-        cache_write_tokens=written,
-        cache_write_1h_tokens=hour,
-    )
+    kinds = details or {}
+    counts = {
+        "input_tokens": total(usage),
+        "output_tokens": output_tokens,
+        "cache_read_tokens": usage.read,
+        "cache_write_tokens": sum(usage.written.values()),
+        "cache_write_1h_tokens": usage.written.get("1h", 0),
+        "input_audio_tokens": kinds.get("audio_input", 0),
+        "output_audio_tokens": kinds.get("audio_output", 0),
+        "input_image_tokens": kinds.get("image_input", 0),
+    }
+    told = genai_prices.Usage(**{name: count for name, count in counts.items() if count})
     try:
-        found = genai_prices.calc_price(counts, model_ref=model, provider_id=profile.provider)
-    except LookupError:
+        if address is not None:
+            found = genai_prices.calc_price(told, model_ref=model, provider_api_url=address)
+        else:
+            found = genai_prices.calc_price(told, model_ref=model, provider_id=provider)
+    except (LookupError, ValueError):  # not listed, or counts that contradict each other
         return None
-    return Cost(input=found.input_price * factor, output=found.output_price * factor)
+    return Cost(input=found.input_price, output=found.output_price)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from anaphora.errors import InvalidRequest, NotCached, ServiceError
+from anaphora.errors import InvalidRequest, LimitReached, NotCached, ServiceError
 from anaphora.types import (
     Completion,
     MediaPart,
@@ -143,8 +143,8 @@ class Anthropic(Dialect):
         headers = {"content-type": "application/json", "request-id": request_id}
         if error.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        if isinstance(error, NotCached):
-            headers["x-should-retry"] = "false"  # SDKs retry a 504 by themselves; the entry will not be there a second later
+        if isinstance(error, NotCached) or (isinstance(error, LimitReached) and not error.soon):
+            headers["x-should-retry"] = "false"  # SDKs would by themselves; nothing will be otherwise a second later
         elif status in (429, 529):
             headers["x-should-retry"] = "true"
         return status, encode({**error_body(error), "request_id": request_id}), headers

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from anaphora.errors import ContextTooLong, InvalidRequest, ModelNotFound, NotCached, ServiceError, Unauthenticated
+from anaphora.errors import (
+    ContextTooLong,
+    InvalidRequest,
+    LimitReached,
+    ModelNotFound,
+    NotCached,
+    ServiceError,
+    Unauthenticated,
+)
 from anaphora.types import FinishReason, MediaPart, ModelInfo, Sampling, Tenant, TokenLogprob, Tool, ToolChoice, Usage
 from anaphora.wire.base import Dialect, Parsed, Rendering, encode, read_sampling, settled_choice, tool_extra
 from anaphora.wire.fields import (
@@ -54,11 +62,12 @@ class OpenAIDialect(Dialect):
         headers = {"content-type": "application/json", "x-request-id": request_id}
         if error.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        if isinstance(error, NotCached):
-            headers["x-should-retry"] = "false"  # SDKs retry a 504 by themselves; the entry will not be there a second later
+        if isinstance(error, NotCached) or (isinstance(error, LimitReached) and not error.soon):
+            headers["x-should-retry"] = "false"  # SDKs would by themselves; nothing will be otherwise a second later
         elif error.status in (429, 503):
             headers["x-should-retry"] = "true"
-        return error.status, encode({"error": error_object(error)}), headers
+        status = 503 if error.status == 529 else error.status  # Anthropic's word for overloaded
+        return status, encode({"error": error_object(error)}), headers
 
 
 # -- body → Request ------------------------------------------------------------------------------------------------------

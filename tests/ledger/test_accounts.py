@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anaphora.events import Answered, Billed, Computed, Event
-from anaphora.ledger import Account, Ledger, PromptCaching
+from anaphora.ledger.accounts import Account, Ledger, PromptCaching
 from anaphora.types import Tenant, Usage
 
 A, B = Tenant("a"), Tenant("b")

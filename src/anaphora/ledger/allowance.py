@@ -1,0 +1,164 @@
+"""Holds tenants to their limits: a place is reserved before anything is computed, and settled when it is known what it took.
+
+So however many requests come at once, they cannot pass a limit by more than what the last one of them needs, and what the
+others turn out to need beyond their estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Protocol
+
+import msgspec
+
+from anaphora.clock import Clock
+from anaphora.config import LimitConfig
+from anaphora.errors import LimitReached
+from anaphora.ledger.book import Book
+from anaphora.ledger.entry import units
+from anaphora.ledger.limits import (
+    SPANS,
+    Counts,
+    Kind,
+    Span,
+    Standing,
+    Used,
+    began,
+    spent,
+    standings,
+    start_s,
+)
+from anaphora.ledger.query import Query
+from anaphora.ledger.tallies import Tallies
+from anaphora.types import MediaPart, Request, TextPart, ThinkingPart, ToolResultPart, ToolUsePart, Usage
+
+EVERYBODY = "*"
+_CHARS_PER_TOKEN = 4
+_OUTPUT_TOKENS = 1024
+"""Reserved for an answer whose request sets no limit."""
+_MEDIA_TOKENS = 1024
+_REQUESTS: tuple[Kind, ...] = ("requests",)
+_AMOUNTS: tuple[Kind, ...] = ("tokens", "usd")
+
+
+class Estimating(Protocol):
+    def estimate(self, model: str, usage: Usage) -> Decimal: ...
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    tenant: str
+    at_s: float
+    used: Used
+
+
+class Allowance:
+    """`limits` by tenant; that of `*` holds for each tenant without limits of its own. May be called from any thread."""
+
+    def __init__(self, limits: Sequence[LimitConfig], tallies: Tallies, prices: Estimating, clock: Clock) -> None:
+        self._limits = {limit.tenant: limit for limit in limits}
+        self._tallies = tallies
+        self._prices = prices
+        self._clock = clock
+        self._reserved: dict[str, Reservation] = {}
+
+    def admit(self, tenant: str) -> None:
+        """Count one request. Raises LimitReached instead where none is left."""
+        self._take(tenant, Used(requests=1), _REQUESTS)
+
+    def reserve(self, request: Request, request_id: str) -> None:
+        """What computing an answer may take. Raises LimitReached, and takes the request itself back, where nothing is left."""
+        limits = self._of(request.tenant)
+        if limits is None or not request_id:
+            return
+        used = self._estimate(request)
+        try:
+            at_s = self._take(request.tenant, used, _AMOUNTS)
+        except LimitReached:
+            self._spend(request.tenant, limits, Used(requests=-1), self._clock.now_s())
+            raise
+        self._reserved[request_id] = Reservation(request.tenant, at_s, used)
+
+    def settle(self, request_id: str, tokens: int, paid: int) -> None:
+        """It took so many tokens, and so much money in the ledger's units, in place of what was reserved."""
+        reservation = self._reserved.pop(request_id, None)
+        limits = None if reservation is None else self._of(reservation.tenant)
+        if reservation is not None and limits is not None:
+            more = Used(0, tokens - reservation.used.tokens, paid - reservation.used.usd)
+            self._spend(reservation.tenant, limits, more, reservation.at_s)
+
+    def spend(self, tenant: str, tokens: int, paid: int) -> None:
+        limits = self._of(tenant)
+        if limits is not None:
+            self._spend(tenant, limits, Used(0, tokens, paid), self._clock.now_s())
+
+    def standings(self, tenant: str) -> tuple[Standing, ...]:
+        """How it stands with each of its limits; empty where it has none."""
+        limits = self._of(tenant)
+        return () if limits is None else standings(limits, self._tallies.read(tenant), self._clock.now_s())
+
+    def close(self) -> None:
+        self._tallies.close()
+
+    def _of(self, tenant: str) -> LimitConfig | None:
+        return self._limits.get(tenant) or self._limits.get(EVERYBODY)
+
+    def _take(self, tenant: str, used: Used, kinds: tuple[Kind, ...]) -> float:
+        """Charge `used` if anything is left of each of `kinds`; when that was."""
+        now_s = self._clock.now_s()
+        limits = self._of(tenant)
+        if limits is None:
+            return now_s
+
+        def taken(counts: Counts) -> Counts:
+            _check(standings(limits, counts, now_s), kinds)
+            return spent(limits, counts, used, now_s, now_s)
+
+        self._tallies.change(tenant, taken)
+        return now_s
+
+    def _spend(self, tenant: str, limits: LimitConfig, used: Used, at_s: float) -> None:
+        now_s = self._clock.now_s()
+        self._tallies.change(tenant, lambda counts: spent(limits, counts, used, at_s, now_s))
+
+    def _estimate(self, request: Request) -> Used:
+        prompt = _num_tokens(request)
+        output = (_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens) * request.sampling.n
+        cost = self._prices.estimate(request.model, Usage(input_tokens=prompt, output_tokens=output))
+        return Used(0, prompt + output, units(cost))
+
+
+def used_before(book: Book, now_s: float) -> Mapping[str, Counts]:
+    """What each tenant used of the running hour, day and month, by the book."""
+    used: dict[str, dict[Span, Used]] = {}
+    for span in SPANS:
+        for group in book.groups(("tenant",), Query(from_us=round(start_s(span, now_s) * 1e6))):
+            sums = group.sums
+            tokens = sums.input + sums.cache_read + sums.cache_write + sums.output
+            used.setdefault(group.by["tenant"], {})[span] = Used(sums.num_requests, tokens, sums.paid)
+    return {tenant: began(amounts, now_s) for tenant, amounts in used.items()}
+
+
+def _check(found: Sequence[Standing], kinds: tuple[Kind, ...]) -> None:
+    reached = [standing for standing in found if standing.kind in kinds and not standing.remaining]
+    if reached:
+        longest = max(reached, key=lambda standing: standing.retry_s)
+        raise LimitReached(f"The limit of {longest} is reached.", retry_after_s=longest.retry_s)
+
+
+def _num_tokens(request: Request) -> int:
+    """About so many has the prompt."""
+    if request.native is not None:
+        return -(-len(request.native.body) // _CHARS_PER_TOKEN)
+    num_chars = sum(len(prompt) * (1 if isinstance(prompt, str) else _CHARS_PER_TOKEN) for prompt in request.prompts)
+    parts = [part for message in request.messages for part in message.content]
+    parts += [inner for part in parts if isinstance(part, ToolResultPart) for inner in part.content]
+    for part in parts:
+        if isinstance(part, TextPart | ThinkingPart):
+            num_chars += len(part.text)
+        elif isinstance(part, ToolUsePart):
+            num_chars += len(part.arguments)
+        elif isinstance(part, MediaPart):
+            num_chars += _MEDIA_TOKENS * _CHARS_PER_TOKEN
+    num_chars += sum(len(tool.description) + len(str(tool.parameters)) for tool in request.tools)
+    return -(-num_chars // _CHARS_PER_TOKEN)
