@@ -12,7 +12,7 @@ from anaphora.clock import Clock
 from anaphora.events import Answered, Emit, Hit, Miss
 from anaphora.flight import Subscription
 from anaphora.memory import Recall
-from anaphora.transcript import Collector, replay
+from anaphora.transcript import replay
 from anaphora.types import (
     Begin,
     Completion,
@@ -121,13 +121,20 @@ class Live:
 
     async def whole(self) -> Completion | None:
         """The finished answer; None where its client left before it was finished."""
-        collector = Collector()
+        end: End | None = None
         while burst := await self.burst():
-            for delta in burst:
-                collector.add(delta)
-                if isinstance(delta, Raw):
-                    self.raw.append(delta)
-        return collector.completion
+            self.raw += [delta for delta in burst if isinstance(delta, Raw)]
+            if isinstance(burst[-1], End):
+                end = burst[-1]
+        completion = self._subscription.completion
+        if end is None or completion is None:
+            return None
+        return completion if self.bill is None else msgspec.structs.replace(completion, usage=end.usage)
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will be computed: everything there will be is there."""
+        return self._subscription.over
 
     def leave(self) -> None:
         """Safe to call at any time, more than once: ends a wait in `burst`, cancels the computation if nobody else waits."""

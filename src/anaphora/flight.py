@@ -24,11 +24,13 @@ Landed = Callable[[Completion], Awaitable[None]]
 class Flight:
     """One computation and all that it said so far."""
 
-    __slots__ = ("_forget", "_subscribers", "_waiting", "deltas", "error", "over", "task")
+    __slots__ = ("_forget", "_subscribers", "_waiting", "completion", "deltas", "error", "over", "task")
 
     def __init__(self, start: Start, landed: Landed, forget: Callable[[], None]) -> None:
         self.deltas: list[Delta] = []
         self.error: BaseException | None = None
+        self.completion: Completion | None = None
+        """All of it, once it ended cleanly."""
         self.over = False
         """No more deltas will come: the answer ended, failed or was cancelled."""
         self._subscribers = 0
@@ -63,6 +65,7 @@ class Flight:
                 collector.add(delta)
                 self.deltas.append(delta)
                 if collector.completion is not None:
+                    self.completion = collector.completion
                     self._end(None)  # before the backend tidies up: no client waits for that
                     break
                 self._wake()
@@ -145,6 +148,15 @@ class Subscription:
                 return False
             await flight.wait()
         return False
+
+    @property
+    def over(self) -> bool:
+        return self._flight.over
+
+    @property
+    def completion(self) -> Completion | None:
+        """The whole answer, once it ended cleanly."""
+        return self._flight.completion
 
     def leave(self) -> None:
         """Give the place up. Whoever is waiting in this subscription comes to its end at once."""

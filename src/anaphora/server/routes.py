@@ -118,15 +118,19 @@ class Answers(Endpoint):
         await call.sender.whole(200, raw, self._dialect.render(answer.completion, parsed.rendering, call.ids))
 
     async def _live(self, call: Call, rendering: Rendering, answer: Live, trail: Trail) -> None:
-        gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
-        gone.add_done_callback(lambda _: answer.leave())
+        await asyncio.sleep(0)  # what takes no waiting is done after this, and nobody needs to watch the client meanwhile
+        gone: asyncio.Future[None] | None = None
+        if not answer.over:
+            gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
+            gone.add_done_callback(lambda _: answer.leave())
         try:
             if rendering.stream:
                 await self._stream(call, rendering, answer, trail)
             else:
                 await self._whole(call, rendering, answer, trail)
         finally:
-            gone.cancel()
+            if gone is not None:
+                gone.cancel()
             answer.leave()
 
     async def _whole(self, call: Call, rendering: Rendering, answer: Live, trail: Trail) -> None:
