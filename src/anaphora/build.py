@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from anaphora.wire.upstream import UpstreamDialect
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_ipc import Status
+    from anaphora.ledger.allowance import Allowance
     from anaphora.tiers.valkey import ValkeyTier
 
 Say = Callable[[str], None]
@@ -47,12 +48,13 @@ def build(
     on_status: OnStatus | None = None,
     engine: str | None = None,
     forgets: Forgets | None = None,
+    allowance: Allowance | None = None,
 ) -> Gateway:
     """A gateway that is not started yet. Raises ConfigError.
 
     `on_status` is told what a loading engine is at, `say` what became of its process. `engine` is the address of an engine
     process that already runs (one serves all gateway workers of a machine); without it the gateway starts its own. `forgets`
-    is what those workers tell each other.
+    is what those workers tell each other, `allowance` what they hold tenants to.
     """
     clock = clock or SystemClock()
     local = None if config.engine.kind == "none" else _backend(config, say, on_status, engine)
@@ -63,7 +65,9 @@ def build(
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
-    return Gateway(backend, memory, catalogue, accounting=accounting, forgets=forgets, clock=clock, emit=emit)
+    return Gateway(
+        backend, memory, catalogue, accounting=accounting, allowance=allowance, forgets=forgets, clock=clock, emit=emit
+    )
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,6 +22,9 @@ from anaphora.promises import Stats as PromiseStats
 from anaphora.prompt import Prompt
 from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, ModelInfo, Request, Scope
+
+if TYPE_CHECKING:
+    from anaphora.ledger.allowance import Allowance
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +47,8 @@ class Receipt(msgspec.Struct, frozen=True):
 class Gateway:
     """Answers requests from `memory`, or from `backend`, whose models `catalogue` knows. Owns all three.
 
-    With `accounting`, usage of what is computed follows the rules of prompt caching. `forgets` is what tells several gateway
-    processes of one server what one of them was asked to forget."""
+    With `accounting`, usage of what is computed follows the rules of prompt caching; with `allowance`, tenants are held to
+    limits. `forgets` is what tells several gateway processes of one server what one of them was asked to forget."""
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Gateway:
         catalogue: Catalogue,
         *,
         accounting: Accounting | None = None,
+        allowance: Allowance | None = None,
         forgets: Forgets | None = None,
         clock: Clock | None = None,
         emit: Emit = ignore,
@@ -62,6 +66,7 @@ class Gateway:
         self._memory = memory
         self._catalogue = catalogue
         self._accounting = accounting
+        self._allowance = allowance
         self._hosting = backend if isinstance(backend, Hosting) else None
         self._clock = clock or SystemClock()
         self._emit = emit
@@ -95,8 +100,8 @@ class Gateway:
         return self._hosting is not None and self._hosting.passes_on(model, dialect)
 
     async def complete(self, request: Request, control: CacheControl = NO_DIRECTIVES, asked: Asked | None = None) -> Answer:
-        """Answer one request. Raises ModelNotFound, NotCached where `only_if_cached` finds nothing, and InvalidRequest for a
-        caching field that the model does not have. `asked` None: the backend's own usage is the answer's.
+        """Answer one request. Raises ModelNotFound, LimitReached, NotCached where `only_if_cached` finds nothing, and
+        InvalidRequest for a caching field that the model does not have. `asked` None: the backend's own usage is the answer's.
 
         Whatever else goes wrong is raised by the answer, before or between its deltas. Who gets a `Live` answer must
         `leave` it in the end. On a hit in memory this does not suspend.
@@ -106,6 +111,8 @@ class Gateway:
         model = await self._catalogue.get(request.model)
         if model.id != request.model:
             request = msgspec.structs.replace(request, model=model.id)
+        if self._allowance is not None:
+            self._allowance.admit(request.tenant)
 
         num_ended = self._flights.num_ended
         recalled = await self._recall(request, control)
@@ -124,7 +131,6 @@ class Gateway:
             bill = await self._accounting.open(request, asked, arrived_s)
 
         async def landed(completion: Completion) -> None:
-            request_id = "" if asked is None else asked.request_id
             self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s, request_id))
             await self._learn(request, model, control, completion, recalled)
 
@@ -133,7 +139,12 @@ class Gateway:
         form = None if request.native is None else (request.native.dialect, request.native.credential, request.stream)
         key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, request.keep, recalled.mark, form)
         asking = request if bill is None else bill.keeping(request)
+        request_id = "" if asked is None else asked.request_id
+        if self._allowance is not None:
+            self._allowance.reserve(request, request_id)
         subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
+        if self._allowance is not None and subscription.collapsed:
+            self._allowance.settle(request_id, 0, 0)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
         meter = Meter(request, source, started_s, self._clock, self._emit, asked=asked or NOBODY, bill=bill)
         return Live(subscription, source, recalled, meter, bill)

@@ -13,12 +13,13 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as Connection
 
 from anaphora.clock import Clock
-from anaphora.errors import BackendFailed, InvalidRequest, NotCached, ServiceError, TooLarge
+from anaphora.errors import BackendFailed, InvalidRequest, NotCached, ServiceError, TooLarge, UpstreamFailed
 from anaphora.explain import Explanations
 from anaphora.gateway import Gateway
-from anaphora.ledger import Ledger
+from anaphora.ledger.accounts import Ledger
 from anaphora.server import headers
 from anaphora.server.auth import LOCAL, Keyring
+from anaphora.server.books import Books
 from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import Metrics
 from anaphora.types import Owner, Tenant
@@ -45,6 +46,8 @@ class Api(msgspec.Struct):
     max_body: int
     """Bytes; a longer request body is refused with 413."""
     explanations: Explanations
+    books: Books | None = None
+    """The lasting ledger. None: there is none."""
 
 
 class Endpoint:
@@ -84,7 +87,13 @@ class Endpoint:
     ) -> None:
         if sender.started:  # a stream reports its own errors; what comes here then can only cut the connection
             raise error
-        status, body, answer_headers = self.dialect(connection["path"], head).render_error(error, f"req_{ids.id}")
+        dialect = self.dialect(connection["path"], head)
+        status, body, answer_headers = dialect.render_error(error, f"req_{ids.id}")
+        if isinstance(error, UpstreamFailed):
+            if error.body and error.dialect == dialect.name:
+                status, body = error.status, error.body
+            # What may be repeated was repeated; anything else is not for the client's SDK to repeat without being asked.
+            answer_headers["x-should-retry"] = "true" if error.again else "false"
         raw = [(name.encode(), value.encode()) for name, value in answer_headers.items()]
         if isinstance(error, NotCached):
             raw += headers.NOT_CACHED

@@ -24,15 +24,16 @@ import uvicorn
 from anaphora.backends.engine_ipc import Status
 from anaphora.build import build, engine_options
 from anaphora.clock import Clock, ManualClock, SystemClock
-from anaphora.config import Config, api_keys
+from anaphora.config import Config, api_keys, upstream_key
 from anaphora.errors import ConfigError
 from anaphora.events import Event
 from anaphora.explain import Explanations
 from anaphora.forgets import Forgets
 from anaphora.gateway import Gateway
-from anaphora.ledger import Ledger
+from anaphora.ledger.accounts import Ledger
 from anaphora.server.app import App
 from anaphora.server.auth import Keyring, check_bind
+from anaphora.server.books import Books, check_books
 from anaphora.server.endpoint import Api
 from anaphora.server.metrics import Metrics
 from anaphora.server.voice import Announcer, Lines, Voice
@@ -68,6 +69,7 @@ def serve(config: Config, voice: Voice | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="anaphora: %(levelname)s: %(message)s")
     keys = api_keys(config)
     check_bind(config.server.host, keys)
+    check_books(config)
     listener = listen(config.server.host, config.server.port)
     voice.say(f"listening on {_url(listener)}")
     if config.server.workers == 1:
@@ -99,9 +101,10 @@ async def answer(
     orphaned: Callable[[], Coroutine[Any, Any, None]] | None = None,
     sums: Sums | None = None,
     forgets: Forgets | None = None,
+    tallies: Path | None = None,
 ) -> None:
     """Serve on `listener` until a signal comes, or until `orphaned` returns. ConfigError where the gateway's own engine says
-    that it will never be ready as configured. `sums` and `forgets` are what several workers share."""
+    that it will never be ready as configured. `sums`, `forgets` and `tallies` are what several workers share."""
     sums = Sums() if sums is None else sums
     metrics, ledger = Metrics(sums), Ledger(sums)
     clock: Clock = ManualClock(float(int(time.time()))) if config.server.virtual_clock else SystemClock()
@@ -109,7 +112,16 @@ async def answer(
     def emit(event: Event) -> None:
         metrics.record(event)
         ledger.record(event)
+        if books is not None:
+            books.recorder.record(event)
 
+    loop = asyncio.get_running_loop()
+
+    def tell(event: Event) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody counts any more
+            loop.call_soon_threadsafe(emit, event)
+
+    books = Books(config, clock, tell=tell, shared=tallies) if config.ledger.enabled else None
     announcer = Announcer(voice, _url(listener), with_keys=bool(keys))
     refusals: list[str] = []
 
@@ -119,11 +131,25 @@ async def answer(
             refusals.append(status.refused)
             server.should_exit = True
 
-    gateway = build(config, clock=clock, emit=emit, say=voice.say, on_status=on_status, engine=engine, forgets=forgets)
+    gateway = build(
+        config,
+        clock=clock,
+        emit=emit,
+        say=voice.say,
+        on_status=on_status,
+        engine=engine,
+        forgets=forgets,
+        allowance=None if books is None else books.allowance,
+    )
+    if books is not None:
+        gateway.on_forget(books.recorder.forget)
+        books.recorder.start()
     announcer.watch(gateway)
-    keyring = Keyring(keys, any_key=config.engine.kind == "echo")
+    # Clients who bring keys of their own, for upstreams that have none of ours, are strangers to each other.
+    strangers = any(not upstream_key(upstream) for upstream in config.gateway.upstreams)
+    keyring = Keyring(keys, any_key=config.engine.kind == "echo" or strangers)
     explanations = Explanations(clock, size=config.server.explanations)
-    app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body, explanations))
+    app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body, explanations, books))
     settings = uvicorn.Config(
         app,
         http="httptools",
@@ -153,6 +179,8 @@ async def answer(
             watch.cancel()
         announcer.close()
         await gateway.aclose()
+        if books is not None:
+            await asyncio.to_thread(books.close)
     if refusals:
         raise ConfigError(refusals[0])
 
@@ -169,7 +197,17 @@ async def work(job: Job, *, voice: Voice, orphaned: Callable[[], Coroutine[Any, 
     """Be one of several workers."""
     listener = socket.socket(fileno=job.socket)
     sums, forgets = Sums(Path(job.folder, f"{job.number}.sums")), Forgets(Path(job.folder, "forgets"))
-    await answer(job.config, job.keys, listener, job.engine, voice=voice, orphaned=orphaned, sums=sums, forgets=forgets)
+    await answer(
+        job.config,
+        job.keys,
+        listener,
+        job.engine,
+        voice=voice,
+        orphaned=orphaned,
+        sums=sums,
+        forgets=forgets,
+        tallies=Path(job.folder, "tallies"),
+    )
 
 
 async def _heed(gateway: Gateway) -> None:
