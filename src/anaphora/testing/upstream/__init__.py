@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Control", "Fault", "Match", "Record", "ToolCall", "Upstream"]
 
 _PATIENCE_S = 30.0
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -65,14 +66,14 @@ class Control:
 
     def seen(self, *, after: int = 0, settled_within_s: float = _PATIENCE_S) -> Settled:
         """What arrived after request `after`, once nothing is under way any more or that time has passed."""
-        query = f"?after={after}&settled_within_s={settled_within_s}"
-        return msgspec.json.decode(self._ask("GET", f"/testing/requests{query}"), type=Settled)
+        path = f"/testing/requests?after={after}&settled_within_s={settled_within_s}"
+        return msgspec.json.decode(self._ask("GET", path, within_s=settled_within_s + _PATIENCE_S), type=Settled)
 
-    def requests(self, path: str = "") -> list[Record]:
+    def requests(self, path: str = "", *, within_s: float = _PATIENCE_S) -> list[Record]:
         """What arrived, at any path or just this one, once nothing is under way any more. TimeoutError: something still is."""
-        seen = self.seen()
+        seen = self.seen(settled_within_s=within_s)
         if not seen.settled:
-            raise TimeoutError(f"requests are still under way after {_PATIENCE_S:g} seconds: {seen.outcomes}")
+            raise TimeoutError(f"requests are still under way after {within_s:g} seconds: {seen.outcomes}")
         return [record for record in seen.requests if path in ("", record.path)]
 
     def clear(self) -> None:
@@ -84,10 +85,10 @@ class Control:
         """Move the virtual clock, where it has one."""
         self._ask("POST", "/anaphora/clock", {"advance_s": seconds})
 
-    def _ask(self, method: str, path: str, body: object = None) -> bytes:
+    def _ask(self, method: str, path: str, body: object = None, *, within_s: float = _PATIENCE_S) -> bytes:
         data = None if body is None else msgspec.json.encode(body)
         request = urllib.request.Request(self.url + path, data, method=method)
-        with urllib.request.urlopen(request, timeout=2 * _PATIENCE_S) as response:
+        with _DIRECTLY.open(request, timeout=within_s) as response:
             answer: bytes = response.read()
         return answer
 
