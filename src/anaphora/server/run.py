@@ -67,6 +67,7 @@ def serve(config: Config, voice: Voice | None = None) -> None:
     """Listen and answer until a signal comes. Raises ConfigError for settings it cannot start with."""
     voice = voice or Lines()
     logging.basicConfig(level=logging.INFO, format="anaphora: %(levelname)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # not a line for every request to an upstream
     keys = api_keys(config)
     check_bind(config.server.host, keys)
     check_books(config)

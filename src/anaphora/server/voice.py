@@ -103,9 +103,11 @@ class Announcer:
             self._voice.settled(line)
 
 
-def ready_lines(url: str, models: Sequence[ModelInfo], stats: Mapping[str, Any], *, with_keys: bool) -> tuple[str, str]:
-    """What is ready where, and a command that asks it."""
-    model = models[0].id if models else "no model"
+def ready_lines(url: str, models: Sequence[ModelInfo], stats: Mapping[str, Any], *, with_keys: bool) -> tuple[str, ...]:
+    """What is ready where, and a command that asks it; upstreams may have models that nobody named."""
+    if not models:
+        return (f"ready on {url}",)
+    model = models[0].id
     names = ("dtype", "quantization", "device")
     figures = [str(stats[name]) for name in names if name in stats and (name, stats[name]) != ("quantization", "none")]
     if "context_tokens" in stats:
