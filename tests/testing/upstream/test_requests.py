@@ -62,7 +62,8 @@ def test_a_client_that_leaves_a_stream_is_noticed(upstream: Upstream, gpt: opena
     [request] = upstream.requests()
     assert (request.outcome, request.num_events) == ("left", 3)
     assert request.left_s is not None
-    assert upstream.seen().outcomes == {"left": 1, "running": 0}
+    seen = upstream.seen(settled_within_s=0)
+    assert (seen.settled, seen.outcomes) == (True, {"left": 1, "running": 0})
 
 
 def test_each_of_many_simultaneous_requests_is_counted_once(upstream: Upstream, claude: anthropic.Anthropic) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
@@ -86,11 +87,9 @@ class Records:
 
     async def settled(self, within_s: float) -> bool:
         """Returns when nothing is under way; False if that takes longer."""
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._quiet.wait(), within_s)
-        except TimeoutError:
-            return False
-        return True
+        return self._quiet.is_set()
 
     def after(self, number: int) -> list[Record]:
         return [record for record in self._records if record.number > number]
