@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from anaphora.errors import BackendFailed, EngineDied
-from anaphora.flight import Flights, Subscription
+from anaphora.flight import AHEAD, Flights, Subscription
 from anaphora.transcript import collect
 from anaphora.types import Begin, Completion, Delta, End, Finish, TextDelta, Usage
 
@@ -325,5 +325,61 @@ def test_closing_cancels_what_flies_and_lets_what_ended_be_learned() -> None:
         assert len(ended.learned) == 1
         with pytest.raises(BackendFailed):
             await anext(flying_subscription)
+
+    asyncio.run(run())
+
+
+def test_a_computation_waits_where_nobody_takes_what_it_says() -> None:
+    async def run() -> None:
+        long: list[Delta] = [ANSWER[0], *[TextDelta(0, "word ")] * (3 * AHEAD), *ANSWER[3:]]
+        said = 0
+
+        async def start() -> AsyncIterator[Delta]:
+            nonlocal said
+            for delta in long:
+                said += 1
+                yield delta
+
+        async def landed(completion: Completion) -> None:
+            pass
+
+        flights = Flights()
+        slow, fast = flights.join("k", start, landed), flights.join("k", start, landed)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert said == AHEAD
+        assert len(await fast.burst()) == AHEAD
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert said == 2 * AHEAD  # as far ahead of the fastest one; the other one holds nobody up
+        assert list(await asyncio.gather(rest(fast), rest(slow))) == [long[AHEAD:], long]
+        await flights.drain()
+
+    asyncio.run(run())
+
+
+def test_a_computation_that_waits_ends_with_its_last_client() -> None:
+    async def run() -> None:
+        closed = asyncio.Event()
+
+        async def start() -> AsyncIterator[Delta]:
+            try:
+                yield ANSWER[0]
+                while True:
+                    yield ANSWER[1]
+            finally:
+                closed.set()
+
+        async def landed(completion: Completion) -> None:
+            raise AssertionError("it never ends")
+
+        flights = Flights()
+        subscription = flights.join("k", start, landed)
+        await subscription.burst()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        subscription.leave()
+        await closed.wait()
+        await flights.drain()
 
     asyncio.run(run())

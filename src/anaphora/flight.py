@@ -1,8 +1,8 @@
 """Single flight: one computation per question, every client a live subscriber.
 
 A flight is owned by a task, not by a client. It buffers its deltas in one list; each subscriber keeps only its place in it, so
-a slow client stalls neither the others nor the computation, and memory is one answer per flight whatever the number of
-clients. The first subscriber leaving harms nobody; the last one leaving before End cancels the computation.
+a slow client does not stall the others, and memory is one answer per flight whatever the number of clients. Only where the
+fastest of them is `AHEAD` deltas behind does the computation wait: nobody takes what it says. The first subscriber leaving harms nobody; the last one leaving before End cancels the computation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from anaphora.types import Completion, Delta
 
 log = logging.getLogger(__name__)
 
+AHEAD = 1024
+
 Start = Callable[[], AsyncIterator[Delta]]
 Landed = Callable[[Completion], Awaitable[None]]
 
@@ -24,7 +26,7 @@ Landed = Callable[[Completion], Awaitable[None]]
 class Flight:
     """One computation and all that it said so far."""
 
-    __slots__ = ("_forget", "_subscribers", "_waiting", "completion", "deltas", "error", "over", "task")
+    __slots__ = ("_forget", "_subscribers", "_waiting", "_furthest", "_room", "completion", "deltas", "error", "over", "task")
 
     def __init__(self, start: Start, landed: Landed, forget: Callable[[], None]) -> None:
         self.deltas: list[Delta] = []
@@ -34,6 +36,10 @@ class Flight:
         self.over = False
         """No more deltas will come: the answer ended, failed or was cancelled."""
         self._subscribers = 0
+        self._furthest = 0
+        """How many deltas the fastest subscriber has read."""
+        self._room: asyncio.Future[None] | None = None
+        """What the computation waits for where it is too far ahead of everybody."""
         self._waiting: list[asyncio.Future[None]] = []
         self._forget = forget
         self.task = asyncio.create_task(self._fly(start, landed), name="anaphora-flight")
@@ -57,6 +63,13 @@ class Flight:
         self._waiting.append(woken)
         await woken
 
+    def has_read(self, num_deltas: int) -> None:
+        """A subscriber has come so far."""
+        if num_deltas > self._furthest:
+            self._furthest = num_deltas
+            if self._room is not None and not self._room.done() and len(self.deltas) - num_deltas < AHEAD:
+                self._room.set_result(None)
+
     async def _fly(self, start: Start, landed: Landed) -> None:
         collector = Collector()
         deltas = start()
@@ -69,6 +82,9 @@ class Flight:
                     self._end(None)  # before the backend tidies up: no client waits for that
                     break
                 self._wake()
+                if len(self.deltas) - self._furthest >= AHEAD:
+                    self._room = asyncio.get_running_loop().create_future()
+                    await self._room
         finally:
             aclose = getattr(deltas, "aclose", None)  # generators and engine clients have it; a plain iterator need not
             if aclose is not None:
@@ -125,6 +141,7 @@ class Subscription:
             raise StopAsyncIteration
         delta = self._flight.deltas[self._next]
         self._next += 1
+        self._flight.has_read(self._next)
         return delta
 
     async def burst(self) -> list[Delta]:
@@ -133,6 +150,7 @@ class Subscription:
             return []
         burst = self._flight.deltas[self._next :]
         self._next += len(burst)
+        self._flight.has_read(self._next)
         return burst
 
     async def _more(self) -> bool:
