@@ -38,6 +38,8 @@ _CHARS_PER_TOKEN = 4
 _OUTPUT_TOKENS = 1024
 """Reserved for an answer whose request sets no limit."""
 _MEDIA_TOKENS = 1024
+_SOON_S = 1.0
+"""When to come back where answers under way hold what is left."""
 _REQUESTS: tuple[Kind, ...] = ("requests",)
 _AMOUNTS: tuple[Kind, ...] = ("tokens", "usd")
 
@@ -111,7 +113,9 @@ class Allowance:
             return now_s
 
         def taken(counts: Counts) -> Counts:
-            _check(standings(limits, counts, now_s), kinds)
+            reached = [at for at in standings(limits, counts, now_s) if at.kind in kinds and not at.remaining]
+            if reached:
+                raise self._refusal(tenant, reached)
             return spent(limits, counts, used, now_s, now_s)
 
         self._tallies.change(tenant, taken)
@@ -120,6 +124,14 @@ class Allowance:
     def _spend(self, tenant: str, limits: LimitConfig, used: Used, at_s: float) -> None:
         now_s = self._clock.now_s()
         self._tallies.change(tenant, lambda counts: spent(limits, counts, used, at_s, now_s))
+
+    def _refusal(self, tenant: str, reached: Sequence[Standing]) -> LimitReached:
+        reserved = [reservation.used for reservation in self._reserved.values() if reservation.tenant == tenant]
+        longest = max(reached, key=lambda standing: standing.retry_s)
+        if all(sum(getattr(used, at.kind) for used in reserved) > at.over for at in reached):
+            text = f"What is left of the limit of {longest} is reserved for requests that are being answered."
+            return LimitReached(text, retry_after_s=_SOON_S)
+        return LimitReached(f"The limit of {longest} is reached.", retry_after_s=longest.retry_s)
 
     def _estimate(self, request: Request) -> Used:
         prompt = _num_tokens(request)
@@ -137,13 +149,6 @@ def used_before(book: Book, now_s: float) -> Mapping[str, Counts]:
             tokens = sums.input + sums.cache_read + sums.cache_write + sums.output
             used.setdefault(group.by["tenant"], {})[span] = Used(sums.num_requests, tokens, sums.paid)
     return {tenant: began(amounts, now_s) for tenant, amounts in used.items()}
-
-
-def _check(found: Sequence[Standing], kinds: tuple[Kind, ...]) -> None:
-    reached = [standing for standing in found if standing.kind in kinds and not standing.remaining]
-    if reached:
-        longest = max(reached, key=lambda standing: standing.retry_s)
-        raise LimitReached(f"The limit of {longest} is reached.", retry_after_s=longest.retry_s)
 
 
 def _num_tokens(request: Request) -> int:

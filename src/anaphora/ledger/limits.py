@@ -49,6 +49,8 @@ class Standing(msgspec.Struct, frozen=True):
     """From now until everything is there again."""
     retry_s: float
     """From now until something is."""
+    over: int = 0
+    """How much beyond the limit."""
 
     def __str__(self) -> str:
         amount = f"${usd_text(self.limit)}" if self.kind == "usd" else f"{self.limit:,} {self.kind}"
@@ -63,17 +65,17 @@ def standings(limits: LimitConfig, counts: Counts, now_s: float) -> tuple[Standi
         limit = _limit(limits, kind, "minute")
         if limit is not None:
             debt_ns = max(0, counts[place] - now_ns)
-            remaining = max(0, (_MINUTE_NS - debt_ns) * limit // _MINUTE_NS)
-            least_ns = _span_ns(1, limit)
-            retry_s = 0.0 if remaining else (debt_ns + least_ns - _MINUTE_NS) / 1e9
-            found.append(Standing(kind, "minute", limit, remaining, debt_ns / 1e9, retry_s))
-    for span, start, used in _windows(counts, now_s):
+            left = (_MINUTE_NS - debt_ns) * limit // _MINUTE_NS
+            retry_s = 0.0 if left > 0 else (debt_ns + _span_ns(1, limit) - _MINUTE_NS) / 1e9
+            found.append(Standing(kind, "minute", limit, max(0, left), debt_ns / 1e9, retry_s, max(0, -left)))
+    for span, same, used in _windows(counts, now_s):
         left_s = _end_s(span, now_s) - now_s
         for kind in KINDS:
             limit = _limit(limits, kind, span)
             if limit is not None:
-                remaining = max(0, limit - (getattr(used, kind) if start else 0))
-                found.append(Standing(kind, span, limit, remaining, left_s, 0.0 if remaining else left_s))
+                left = limit - (getattr(used, kind) if same else 0)
+                retry_s = 0.0 if left > 0 else left_s
+                found.append(Standing(kind, span, limit, max(0, left), left_s, retry_s, max(0, -left)))
     return tuple(found)
 
 

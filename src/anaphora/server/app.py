@@ -17,6 +17,8 @@ from starlette.types import Scope as Connection
 from anaphora.errors import MethodNotAllowed, NotFound, ServiceError
 from anaphora.server import routes
 from anaphora.server.endpoint import OPENAI, Api, dialect_of
+from anaphora.server.foreign import METHODS, Elsewhere
+from anaphora.server.ledger import LedgerPage
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import new_ids
 from anaphora.wire.openai_completions import OpenAICompletions
@@ -49,8 +51,10 @@ class App:
                 Route("/anaphora/stats", routes.Stats(api), methods=["GET"]),
                 Route("/anaphora/explain", routes.Explain(api), methods=["GET"]),
                 Route("/anaphora/explain/{id}", routes.Explain(api), methods=["GET"]),
+                Route("/anaphora/ledger", LedgerPage(api), methods=["GET"]),
                 Route("/anaphora/clock", routes.MoveClock(api), methods=["POST"]),
                 Route("/anaphora/forget", routes.Forget(api), methods=["POST"]),
+                *([Route("/v1/{path:path}", Elsewhere(api), methods=METHODS)] if api.gateway.hosting else []),
             ],
             exception_handlers={HTTPException: self._refuse},
         )

@@ -250,7 +250,7 @@ class Models(Endpoint):
             body = ANTHROPIC.render_model(model) if anthropic else render_model(model)
         else:
             models = await self.api.gateway.models()
-            page = _query(call, _Page)
+            page = read_query(call, _Page)
             body = (
                 ANTHROPIC.render_models(models, limit=page.limit, after_id=page.after_id, before_id=page.before_id)
                 if anthropic
@@ -265,7 +265,8 @@ class _Page(msgspec.Struct, frozen=True):
     before_id: str | None = None
 
 
-def _query(call: Call, shape: type[Shape]) -> Shape:
+def read_query(call: Call, shape: type[Shape]) -> Shape:
+    """The query of the URL. Raises InvalidRequest."""
     query = dict(parse_qsl(call.connection["query_string"].decode("latin-1")))
     try:
         return msgspec.convert(query, shape, strict=False)
@@ -347,7 +348,7 @@ class Explain(Endpoint):
         self.api.gateway.heed()
         name = call.connection["path_params"].get("id")
         if name is None:
-            limit = _query(call, _Latest).limit
+            limit = read_query(call, _Latest).limit
             await call.json(msgspec.json.encode({"requests": explanations.latest(call.tenant, limit)}))
             return
         found = explanations.find(call.tenant, name)
