@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from anaphora.backends.base import Backend
+from anaphora.backends.base import Backend, Foreign, Forwarded
 from anaphora.backends.breaker import Breaker
 from anaphora.backends.upstream import Upstream
 from anaphora.clock import Clock, SystemClock
@@ -245,6 +245,14 @@ class Fleet:
             except ServiceError as error:
                 failure = error
         raise failure
+
+    async def forward(self, asked: Foreign) -> Forwarded:
+        """The upstreams of the model that is asked for, where one is, are the first to be thought of."""
+        named = [target.upstream for target in self._pool(asked.model)] if asked.model else []
+        for upstream in dict.fromkeys((*named, *self._upstreams.values())):
+            if upstream.options.anthropic == asked.anthropic and upstream.has(asked.path):
+                return await upstream.forward(asked)
+        raise NotFound(f"There is nothing at {asked.method} {asked.path}.", code="unknown_url")
 
     async def forget(self, scope: Scope) -> int:
         return 0 if self._local is None else await self._local.forget(scope)

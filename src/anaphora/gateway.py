@@ -10,10 +10,10 @@ import msgspec
 
 from anaphora.accounting import NOBODY, Accounting, Asked
 from anaphora.answer import Answer, Live, Meter, Recalled, Source
-from anaphora.backends.base import Backend, Hosting, StandsIn
+from anaphora.backends.base import Backend, Foreign, Forwarded, Hosting, StandsIn
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
-from anaphora.errors import NotCached
+from anaphora.errors import NotCached, NotFound
 from anaphora.events import Computed, Emit, Failed, Forgotten, MissReason, ignore
 from anaphora.flight import Flights
 from anaphora.forgets import Forgets
@@ -91,6 +91,11 @@ class Gateway:
         """Whether requests may have what only a provider's own models can take."""
         return isinstance(self._backend, StandsIn) and self._backend.takes_provider_blocks
 
+    @property
+    def hosting(self) -> bool:
+        """Whether there are upstreams at all."""
+        return self._hosting is not None
+
     def hosts(self, model: str) -> bool:
         """Whether others than an engine of this server answer for `model`."""
         return self._hosting is not None and self._hosting.hosts(model)
@@ -98,6 +103,12 @@ class Gateway:
     def passes_on(self, model: str, dialect: str) -> bool:
         """Whether a body of `dialect` that asks for `model` may go to whoever answers for it as it came in."""
         return self._hosting is not None and self._hosting.passes_on(model, dialect)
+
+    async def forward(self, asked: Foreign) -> Forwarded:
+        """What only an upstream can answer. Nothing of it is remembered. Raises NotFound where nobody may be asked."""
+        if self._hosting is None:
+            raise NotFound(f"There is nothing at {asked.method} {asked.path}.", code="unknown_url")
+        return await self._hosting.forward(asked)
 
     async def complete(self, request: Request, control: CacheControl = NO_DIRECTIVES, asked: Asked | None = None) -> Answer:
         """Answer one request. Raises ModelNotFound, LimitReached, NotCached where `only_if_cached` finds nothing, and

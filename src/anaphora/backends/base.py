@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
+
 from anaphora.prompt import Lengths, Prompt
-from anaphora.types import Delta, ModelInfo, Request, Scope
+from anaphora.types import Delta, ModelInfo, Native, Request, Scope
+
+
+class Foreign(msgspec.Struct, frozen=True):
+    """A request for something of a provider's API that Anaphora does not know: files, batches, audio."""
+
+    anthropic: bool
+    """Whose API it is of; else OpenAI's."""
+    method: str
+    path: str
+    """From `/v1/` on, with its query."""
+    native: Native
+    """`headers` has the content type, too."""
+    model: str = ""
+    """Where the body names one."""
+
+
+class Forwarded(msgspec.Struct, frozen=True):
+    """Its answer, as it came. Whoever has it must `aclose` it."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    chunks: AsyncGenerator[bytes, None]
 
 
 class Backend(Protocol):
@@ -58,6 +82,10 @@ class Hosting(Protocol):
 
     def hosts(self, model: str) -> bool:
         """Whether others answer for `model`, by their own rules and with their own usage."""
+        ...
+
+    async def forward(self, asked: Foreign) -> Forwarded:
+        """Ask whoever has what Anaphora itself does not know. Raises NotFound where nobody may be asked for that."""
         ...
 
     async def loaded(self) -> None:

@@ -13,12 +13,14 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from fnmatch import fnmatchcase
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx2
 import msgspec
 
 from anaphora import __version__
+from anaphora.backends.base import Foreign, Forwarded
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
 from anaphora.types import Begin, Delta, End, Finish, ModelInfo, Raw, Request, Scope
@@ -46,6 +48,7 @@ class UpstreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: tuple[str, ...] = ("*",)
     rename: dict[str, str] = {}
     headers: dict[str, str] = {}
+    other_paths: tuple[str, ...] = ()
     ca_file: str = ""
     connect_s: float = 5.0
     first_s: float = 120.0
@@ -97,6 +100,7 @@ class Upstream:
             verify=verify,
             timeout=httpx2.Timeout(None, connect=options.connect_s),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=30.0),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # what one client is given is not for the next
             headers={"user-agent": f"anaphora/{__version__}", "accept-encoding": "identity", **options.headers},
         )
 
@@ -169,6 +173,38 @@ class Upstream:
         except msgspec.MsgspecError as error:
             raise UpstreamFailed(f"The upstream {self.name} answered with something else than a count.", 502) from error
 
+    def has(self, path: str) -> bool:
+        """Whether clients may ask for what Anaphora itself does not know at `path`."""
+        path = path.partition("?")[0]
+        return not self.options.key or any(fnmatchcase(path, pattern) for pattern in self.options.other_paths)
+
+    async def forward(self, asked: Foreign) -> Forwarded:
+        """Raises UpstreamFailed where it cannot be reached."""
+        if self._client is None:
+            raise UpstreamFailed(f"The upstream {self.name} is not started.", 503, elsewhere=True)
+        native = asked.native
+        key = self._key_header() or ((native.credential,) if native.credential is not None else ())
+        headers = dict((*native.headers, *key))
+        sent = self._client.build_request(asked.method, self._base + asked.path, content=native.body, headers=headers)
+        try:
+            async with asyncio.timeout(self.options.first_s):
+                response = await self._client.send(sent, stream=True)
+        except TimeoutError as error:
+            raise self._late(f"no answer within {self.options.first_s:g} s") from error
+        except httpx2.HTTPError as error:
+            raise self._unreachable(error, {"store": True}) from error
+        passed = [(name, value) for name, value in response.headers.items() if name not in _OF_THE_CONNECTION]
+        return Forwarded(response.status_code, (*passed, ("x-anaphora-upstream", self.name)), self._chunks(response))
+
+    async def _chunks(self, response: httpx2.Response) -> AsyncGenerator[bytes, None]:
+        try:
+            async for chunk in response.aiter_raw():
+                yield chunk
+        except httpx2.HTTPError as error:
+            raise BackendFailed(f"The upstream {self.name} cut its answer off.") from error
+        finally:
+            await response.aclose()
+
     async def forget(self, scope: Scope) -> int:
         return 0  # it keeps nothing for us
 
@@ -210,14 +246,19 @@ class Upstream:
         return self._client.build_request("POST", self._base + path, content=data, headers=headers)
 
     def _authorisation(self, request: Request) -> dict[str, str]:
-        key = self.options.key
-        if key:
-            return {"x-api-key": key} if self.options.anthropic else {"authorization": f"Bearer {key}"}
+        if own := self._key_header():
+            return dict(own)
         native = request.native
         if native is None or native.credential is None or native.dialect not in self._dialects:
             return {}
         name, value = native.credential
         return {name: value}
+
+    def _key_header(self) -> tuple[tuple[str, str], ...]:
+        key = self.options.key
+        if not key:
+            return ()
+        return (("x-api-key", key) if self.options.anthropic else ("authorization", f"Bearer {key}"),)
 
     # -- the answer ----------------------------------------------------------------------------------------------------------
 
@@ -322,6 +363,22 @@ class Upstream:
         return UpstreamFailed(
             f"The upstream {self.name} is too slow: {what}.", 504, code="upstream_timeout", elsewhere=elsewhere
         )
+
+
+_OF_THE_CONNECTION = frozenset(
+    {
+        "connection",
+        "content-length",
+        "keep-alive",
+        "proxy-authenticate",
+        "set-cookie",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Headers of an answer that are not for the client (RFC 9110 §7.6.1), or belong to somebody else."""
 
 
 class _Counted(msgspec.Struct, frozen=True):

@@ -20,12 +20,25 @@ _KEYS = (b"x-api-key", b"authorization")
 def with_native(
     request: Request, dialect: str, body: bytes, head: Mapping[bytes, bytes], *, unread: str = "", own_keys: bool
 ) -> Request:
-    """`request` with the body it was read from, or could not be (`unread` says why). `own_keys`: the key that the client sent
-    is one of this server's, and nobody else's business."""
+    """`request` with the body it was read from, or could not be (`unread` says why)."""
+    found = native(dialect, body, head, own_keys=own_keys, unread=unread)
+    variant = "\n".join(f"{name}: {value}" for name, value in found.headers if name in _VARIANTS)
+    return msgspec.structs.replace(request, native=found, variant=variant)
+
+
+def native(
+    dialect: str,
+    body: bytes,
+    head: Mapping[bytes, bytes],
+    *,
+    own_keys: bool,
+    unread: str = "",
+    further: tuple[str, ...] = (),
+) -> Native:
+    """The body with those headers that are the provider's business, and `further` ones. `own_keys`: the key that the client
+    sent is one of this server's, and nobody else's business."""
     seen = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.items()}
-    headers = tuple(sorted((name, value) for name, value in seen.items() if name.startswith(SEEN)))
+    headers = tuple(sorted((name, value) for name, value in seen.items() if name.startswith(SEEN) or name in further))
     key = None if own_keys else next((name for name in _KEYS if name in head), None)
     credential = None if key is None else (key.decode(), head[key].decode("latin-1"))
-    variant = "\n".join(f"{name}: {value}" for name, value in headers if name in _VARIANTS)
-    native = Native(dialect, body, headers, credential, unread)
-    return msgspec.structs.replace(request, native=native, variant=variant)
+    return Native(dialect, body, headers, credential, unread)

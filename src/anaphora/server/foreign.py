@@ -1,0 +1,62 @@
+"""What of a provider's API Anaphora itself does not know: files, batches, audio. It goes to an upstream and back as it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from anaphora.backends.base import Foreign, Forwarded
+from anaphora.server import passing
+from anaphora.server.endpoint import Call, Endpoint, dialect_of
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+class _Named(msgspec.Struct, frozen=True):
+    model: str = ""
+
+
+class Elsewhere(Endpoint):
+    """Any path below `/v1/` that nothing else is at. Nothing of it is remembered or accounted for."""
+
+    async def answer(self, call: Call) -> None:
+        body = await call.body()
+        connection = call.connection
+        query = connection["query_string"].decode("latin-1")
+        path = connection["path"] + (f"?{query}" if query else "")
+        dialect = dialect_of(connection["path"], call.head)
+        native = passing.native(dialect.name, body, call.head, own_keys=bool(self.api.keyring), further=("content-type",))
+        asked = Foreign(dialect.name == "anthropic", connection["method"], path, native, _model(body))
+        forwarded = await self.api.gateway.forward(asked)
+        copying = asyncio.create_task(_copy(call, forwarded), name="anaphora-forward")
+        gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
+        try:
+            await asyncio.wait((copying, gone), return_when=asyncio.FIRST_COMPLETED)
+            if copying.done():
+                await copying  # its error, if there is one
+        finally:
+            for task in (copying, gone):
+                task.cancel()
+            await asyncio.wait((copying, gone))
+            await forwarded.chunks.aclose()
+
+
+async def _copy(call: Call, forwarded: Forwarded) -> None:
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in forwarded.headers]
+    await call.sender.start(forwarded.status, headers)
+    async for chunk in forwarded.chunks:
+        await call.sender.more(chunk)
+    await call.sender.last(b"")
+
+
+async def _gone(call: Call) -> None:
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _model(body: bytes) -> str:
+    try:
+        return msgspec.json.decode(body, type=_Named).model
+    except msgspec.MsgspecError:
+        return ""
