@@ -24,7 +24,7 @@ from anaphora.backends.breaker import Breaker
 from anaphora.backends.upstream import Upstream
 from anaphora.clock import Clock, SystemClock
 from anaphora.config import GatewayConfig
-from anaphora.errors import BackendFailed, ModelNotFound, NotFound, ServiceError, UpstreamFailed
+from anaphora.errors import BackendFailed, InvalidRequest, ModelNotFound, NotFound, ServiceError, UpstreamFailed
 from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope
 
 log = logging.getLogger(__name__)
@@ -168,8 +168,12 @@ class Fleet:
                             yield delta
                     return
                 except _Nothing as nothing:
-                    failure = nothing.error
-                    log.info("upstream %s did not answer: %s", target.upstream.name, failure.message)
+                    error = nothing.error
+                    log.info("upstream %s did not answer: %s", target.upstream.name, error.message)
+                    if failure is None or not isinstance(error, InvalidRequest):
+                        failure = error
+                    if not _elsewhere(error):
+                        break
             if failure is None:
                 raise self._all_resting(pool, fallbacks)
             wait_s = max(pause_s * (0.5 + self._rng.random()), failure.retry_after_s or 0.0)
@@ -209,9 +213,11 @@ class Fleet:
         except ServiceError as error:
             if _its_fault(error):
                 breaker.failed(self._clock.monotonic_s(), trial)
-            else:
+            elif isinstance(error, UpstreamFailed):
                 breaker.succeeded()  # it answers; that it says no is another matter
-            if given or not _elsewhere(error):
+            else:
+                breaker.left(trial)
+            if given or not (_elsewhere(error) or _again(error)):
                 raise
             raise _Nothing(error) from error
         except BaseException:
@@ -282,8 +288,8 @@ class _Nothing(Exception):
 
 
 def _elsewhere(error: ServiceError) -> bool:
-    """Another upstream may well answer the same request. A cut answer is nobody's own fault but the upstream's."""
-    return error.elsewhere if isinstance(error, UpstreamFailed) else isinstance(error, BackendFailed)
+    """Another upstream may well answer the same request: this one cut its answer off, or cannot be asked in its dialect."""
+    return error.elsewhere if isinstance(error, UpstreamFailed) else isinstance(error, BackendFailed | InvalidRequest)
 
 
 def _again(error: ServiceError) -> bool:

@@ -34,6 +34,8 @@ ANTHROPIC_VERSION = "2023-06-01"
 PASSED_ON = ("anthropic-ratelimit-", "x-ratelimit-", "openai-", "anthropic-organization-id", "retry-after")
 """Headers of an answer, or what they begin with, that are the client's business."""
 
+_NO_TOKEN, _NO_MORE, _NOT_OVER = "no first token came", "nothing more came", "the answer was not over"
+
 _IDLE_CONNECTIONS = 100
 _MAX_ERROR_BODY = 1 << 20
 
@@ -120,8 +122,7 @@ class Upstream:
         self.num_running += 1
         self._num_requests += 1
         try:
-            async with asyncio.timeout(self.options.total_s):
-                response = await self._head(sent, dialect, body)
+            response = await self._begun(sent, dialect, body)
             try:
                 async with aclosing(self._answer(response, dialect, body, started_s)) as deltas:
                     async for delta in deltas:
@@ -130,9 +131,6 @@ class Upstream:
                         yield delta
             finally:
                 await response.aclose()
-        except TimeoutError as error:
-            self._num_failed += 1
-            raise self._late(f"no answer within {self.options.total_s:g} s") from error
         except httpx2.HTTPError as error:
             self._num_failed += 1
             raise self._unreachable(error, body) from error
@@ -165,7 +163,7 @@ class Upstream:
                 finally:
                     await response.aclose()
         except TimeoutError as error:
-            raise self._late(f"no answer within {self.options.first_s:g} s") from error
+            raise self._late("it did not count", self.options.first_s) from error
         except httpx2.HTTPError as error:
             raise self._unreachable(error, body) from error
         try:
@@ -190,7 +188,7 @@ class Upstream:
             async with asyncio.timeout(self.options.first_s):
                 response = await self._client.send(sent, stream=True)
         except TimeoutError as error:
-            raise self._late(f"no answer within {self.options.first_s:g} s") from error
+            raise self._late("it did not count", self.options.first_s) from error
         except httpx2.HTTPError as error:
             raise self._unreachable(error, {"store": True}) from error
         passed = [(name, value) for name, value in response.headers.items() if name not in _OF_THE_CONNECTION]
@@ -262,6 +260,17 @@ class Upstream:
 
     # -- the answer ----------------------------------------------------------------------------------------------------------
 
+    async def _begun(self, sent: httpx2.Request, dialect: UpstreamDialect, body: Json) -> httpx2.Response:
+        """An answer that has begun. One that is not streamed has when it is nearly there, so it may take all the time."""
+        what, within_s = _NOT_OVER, self.options.total_s
+        if body.get("stream") and self.options.first_s < within_s:
+            what, within_s = _NO_TOKEN, self.options.first_s
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._head(sent, dialect, body)
+        except TimeoutError as error:
+            raise self._late(what, within_s) from error
+
     async def _head(self, sent: httpx2.Request, dialect: UpstreamDialect, body: Json) -> httpx2.Response:
         assert self._client is not None
         response = await self._client.send(sent, stream=True)
@@ -282,8 +291,11 @@ class Upstream:
     ) -> AsyncGenerator[Delta, None]:
         headers = _client_headers(response.headers, self.name)
         if not body.get("stream"):
-            async with asyncio.timeout(self._left_s(started_s)):
-                data = await response.aread()
+            try:
+                async with asyncio.timeout(self._left_s(started_s)):
+                    data = await response.aread()
+            except TimeoutError as error:
+                raise self._late(_NOT_OVER, self.options.total_s) from error
             for delta in dialect.read_whole(data):
                 yield _with_headers(delta, headers)
             return
@@ -297,15 +309,17 @@ class Upstream:
         options = self.options
         chunks = response.aiter_raw()
         said = False
-        limit_s = options.first_s - (self._clock.monotonic_s() - started_s)
         while True:
-            limit_s = min(limit_s, self._left_s(started_s))
+            what, allowed_s = (_NO_MORE, options.between_s) if said else (_NO_TOKEN, options.first_s)
+            limit_s = allowed_s if said else allowed_s - (self._clock.monotonic_s() - started_s)
+            left_s = self._left_s(started_s)
+            if left_s < limit_s:
+                what, allowed_s, limit_s = _NOT_OVER, options.total_s, left_s
             try:
                 async with asyncio.timeout(max(0.0, limit_s)):
                     chunk = await anext(chunks, b"")
             except TimeoutError as error:
-                what = "nothing more came" if said else "no first token came"
-                raise self._late(f"{what} within {max(0.0, limit_s):.3g} s", elsewhere=not said) from error
+                raise self._late(what, allowed_s, elsewhere=not said) from error
             if not chunk:
                 raise BackendFailed(f"The upstream {self.name} cut its answer off.")
             for delta in reader.feed(chunk):
@@ -313,10 +327,6 @@ class Upstream:
                 yield delta
                 if isinstance(delta, End):
                     return
-            if said:
-                limit_s = options.between_s
-            else:
-                limit_s = options.first_s - (self._clock.monotonic_s() - started_s)
 
     def _left_s(self, started_s: float) -> float:
         return self.options.total_s - (self._clock.monotonic_s() - started_s)
@@ -340,7 +350,7 @@ class Upstream:
             status,
             param=error.param,
             code=error.code,
-            retry_after_s=_seconds(response.headers.get("retry-after")),
+            retry_after_s=_retry_after_s(response.headers),
             elsewhere=status >= 500 or status in (408, 429) or (status == 404 and error.code != "not_found_error"),
             again=again,
             dialect=dialect.name,
@@ -359,10 +369,9 @@ class Upstream:
             again=unsent or _repeatable(body),
         )
 
-    def _late(self, what: str, *, elsewhere: bool = True) -> UpstreamFailed:
-        return UpstreamFailed(
-            f"The upstream {self.name} is too slow: {what}.", 504, code="upstream_timeout", elsewhere=elsewhere
-        )
+    def _late(self, what: str, within_s: float, *, elsewhere: bool = True) -> UpstreamFailed:
+        message = f"The upstream {self.name} is too slow: {what} within {within_s:g} s."
+        return UpstreamFailed(message, 504, code="upstream_timeout", elsewhere=elsewhere)
 
 
 _OF_THE_CONNECTION = frozenset(
@@ -398,12 +407,14 @@ def _repeatable(body: Json) -> bool:
     return all(isinstance(tool, dict) and tool.get("type", "custom") in ("custom", "function") for tool in tools)
 
 
-def _seconds(text: str | None) -> float | None:
-    """Of `retry-after`. A date is taken as: not said."""
-    try:
-        return None if text is None else max(0.0, float(text))
-    except ValueError:
-        return None
+def _retry_after_s(headers: httpx2.Headers) -> float | None:
+    """A date is taken as: not said. Both providers' SDKs know the exact form, too."""
+    for name, per_s in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return max(0.0, float(headers[name]) / per_s)
+        except (KeyError, ValueError):
+            continue
+    return None
 
 
 def _client_headers(headers: httpx2.Headers, name: str) -> tuple[tuple[str, str], ...]:
