@@ -88,8 +88,9 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         if not self._finished and not self.ended.is_set():
-            self.record.outcome = "left"
             self.record.left_s = self.elapsed_s()
+            if self.record.outcome == "running":  # whoever leaves a spoiled answer has reason to
+                self.record.outcome = "left"
         self.ended.set()
 
     def hang_up(self) -> None:
