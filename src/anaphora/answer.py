@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Literal
 
 import msgspec
 
 from anaphora.accounting import NOBODY, Asked, Bill
 from anaphora.clock import Clock
+from anaphora.errors import ServiceError
 from anaphora.events import Answered, Emit, Hit, Miss
 from anaphora.flight import Subscription
 from anaphora.memory import Recall
@@ -84,11 +85,30 @@ class Recalled:
 class Live:
     """An answer that is being computed. Iterated by one task; whoever holds it must call `leave` in the end."""
 
-    __slots__ = ("_meter", "_subscription", "bill", "key", "misses", "raw", "reason", "source")
+    __slots__ = (
+        "_begun",
+        "_meter",
+        "_older",
+        "_subscription",
+        "bill",
+        "instead",
+        "key",
+        "misses",
+        "raw",
+        "reason",
+        "source",
+    )
 
     def __init__(
-        self, subscription: Subscription, source: Source, recalled: Recall, meter: Meter, bill: Bill | None = None
+        self,
+        subscription: Subscription,
+        source: Source,
+        recalled: Recall,
+        meter: Meter,
+        bill: Bill | None = None,
+        older: Callable[[], Awaitable[Hit[Completion] | None]] | None = None,
     ) -> None:
+        """`older` looks for an answer past its lifetime, for where this one cannot be computed."""
         self.source = source
         self.bill = bill
         """Whose usage the answer carries; None: that of the backend."""
@@ -100,19 +120,37 @@ class Live:
         """Why it was not recalled. None: no level was asked."""
         self.raw: list[Raw] = []
         """Of an answer asked for whole, and given whole by an upstream: its own bytes. Filled by `whole`."""
+        self.instead: Hit[Completion] | None = None
+        """An answer past its lifetime, which is given because no new one could be computed."""
+        self._older = older
+        self._begun = False
         self._subscription = subscription
         self._meter = meter
 
     async def burst(self) -> list[Delta]:
         """All deltas since the last call, at least one; empty at the end. Raises ServiceError where the computation fails."""
+        if self.instead is not None:
+            return []
         try:
             burst = await self._subscription.burst()
-        except Exception:  # of any kind, and it goes on its way
-            self._meter.finish("failed")
-            raise
+        except Exception as error:  # of any kind, and it goes on its way
+            self.instead = await self._look_back(error)
+            if self.instead is None:
+                self._meter.finish("failed")
+                raise
+            old: list[Delta] = list(replay(self.instead.value))
+            self._meter.is_a_hit()
+            self._meter.note(old)
+            return old
+        self._begun = True
         entered = burst if self.bill is None else self.bill.enter(burst)
         self._meter.note(burst)  # after the bill: which is settled with the first delta
         return entered
+
+    async def _look_back(self, error: Exception) -> Hit[Completion] | None:
+        """What else there is to give, if nothing was given yet and it is not the request that is wrong."""
+        outage = isinstance(error, ServiceError) and (error.status >= 500 or error.status == 429)
+        return await self._older() if self._older is not None and outage and not self._begun else None
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while burst := await self.burst():
@@ -126,10 +164,14 @@ class Live:
             self.raw += [delta for delta in burst if isinstance(delta, Raw)]
             if isinstance(burst[-1], End):
                 end = burst[-1]
-        completion = self._subscription.completion
+        completion = self._subscription.completion if self.instead is None else self.instead.value
         if end is None or completion is None:
             return None
-        return completion if self.bill is None else msgspec.structs.replace(completion, usage=end.usage)
+        return (
+            completion
+            if self.bill is None or self.instead is not None
+            else msgspec.structs.replace(completion, usage=end.usage)
+        )
 
     @property
     def over(self) -> bool:
@@ -174,6 +216,10 @@ class Meter:
         self._reasons: list[FinishReason] = []
         self._over = False
 
+    def is_a_hit(self) -> None:
+        """What could not be computed was remembered after all."""
+        self._source, self._bill = "hit", None
+
     def note(self, burst: list[Delta]) -> None:
         now_s = self._clock.monotonic_s()
         for delta in burst:
@@ -208,7 +254,7 @@ class Meter:
                 self._clock.monotonic_s() - self._started_s,
                 self._first_s,
                 tuple(self._gaps_s),
-                compute_s if self._source == "collapsed" else 0.0,
+                compute_s if self._source in ("collapsed", "hit") else 0.0,
                 "",
                 asked.model,
                 "" if begin is None else begin.model,

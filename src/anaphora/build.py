@@ -17,7 +17,7 @@ from anaphora.config import Api, CacheConfig, Config, EngineConfig, UpstreamConf
 from anaphora.errors import ConfigError
 from anaphora.events import Emit, ignore
 from anaphora.forgets import Forgets
-from anaphora.gateway import Gateway
+from anaphora.gateway import Gateway, Stale
 from anaphora.memory import AnswerLevel, Memory
 from anaphora.policies.base import Policy
 from anaphora.profiles import named
@@ -28,12 +28,12 @@ from anaphora.tiers.base import Eviction, Tier, eviction
 from anaphora.types import Key
 
 if TYPE_CHECKING:
-    from anaphora.fleet import Fleet
-    from anaphora.wire.upstream import UpstreamDialect
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_ipc import Status
+    from anaphora.fleet import Fleet
     from anaphora.ledger.allowance import Allowance
     from anaphora.tiers.valkey import ValkeyTier
+    from anaphora.wire.upstream import UpstreamDialect
 
 Say = Callable[[str], None]
 OnStatus: TypeAlias = "Callable[[Status], None]"
@@ -65,8 +65,17 @@ def build(
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
+    stale = Stale(config.cache.stale_if_error_s, config.cache.stale_while_revalidate_s)
     return Gateway(
-        backend, memory, catalogue, accounting=accounting, allowance=allowance, forgets=forgets, clock=clock, emit=emit
+        backend,
+        memory,
+        catalogue,
+        accounting=accounting,
+        allowance=allowance,
+        stale=stale,
+        forgets=forgets,
+        clock=clock,
+        emit=emit,
     )
 
 
@@ -188,8 +197,10 @@ def _like(profile: str | tuple[str, ...]) -> tuple[str, ...]:
 def _exact(config: CacheConfig, clock: Clock, emit: Emit) -> AnswerLevel:
     from anaphora.levels.exact import ExactOptions
 
-    options = ExactOptions(sampled=config.sampled)
-    store = Store(_tiers(config, clock, emit), clock=clock, options=StoreOptions(ttl_s=config.ttl_s or None), emit=emit)
+    stale_s = max(config.stale_if_error_s, config.stale_while_revalidate_s) if config.ttl_s else 0.0
+    options = ExactOptions(sampled=config.sampled, stale_s=stale_s)
+    ttl_s = config.ttl_s + stale_s or None
+    store = Store(_tiers(config, clock, emit), clock=clock, options=StoreOptions(ttl_s=ttl_s), emit=emit)
     return cast(AnswerLevel, LEVELS.load("exact")(options, store=store, clock=clock))
 
 

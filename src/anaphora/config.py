@@ -138,6 +138,10 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of memory, disk and shared server each, at most so much is one tenant's answers."""
     ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Seconds an answer stays valid. 0: until it is evicted."""
+    stale_if_error_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Seconds past `ttl_s` for which an answer is given all the same where no new one can be computed."""
+    stale_while_revalidate_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Seconds past `ttl_s` for which an answer is given while a new one is computed for those who come later."""
     sampled: Literal["reuse", "never"] | Buckets = "reuse"
     """What becomes of answers drawn at random (temperature above 0, no seed)."""
 

@@ -107,8 +107,9 @@ class BackendFailed(ServiceError):
 class UpstreamFailed(ServiceError):
     """What an upstream answered instead of an answer, or what kept it from answering.
 
-    `status` is its own where the client can do something with it, else 502 or 504. `elsewhere`: another upstream may well answer
-    the same request. `again`: so may this one, and it has certainly not answered it yet, or answering twice does no harm.
+    `status` is its own where the client can do something with it, else 502 or 504. `elsewhere`: another upstream may well
+    answer the same request. `again`: so may this one, and it has certainly not answered it yet, or answering twice does no
+    harm.
     """
 
     def __init__(

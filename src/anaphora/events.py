@@ -26,6 +26,8 @@ class MissReason(StrEnum):
     """The request's `Cache-Control: no-cache`."""
     STALE_FOR_REQUEST = "stale_for_request"
     """An entry exists, older than the request's `max-age`."""
+    EXPIRED = "expired"
+    """An entry exists, past its lifetime. It may still be given where nobody can compute a new one."""
     OTHER_LIMIT = "other_limit"
     """An entry exists, but it was finished under another token limit and cannot stand for an answer under this one."""
     SAMPLED = "sampled"

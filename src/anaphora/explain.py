@@ -40,6 +40,7 @@ MAX_TENANTS = 256
 LEVEL_REASONS: Mapping[MissReason, str] = {
     MissReason.ABSENT: "nothing is kept for this question: it is new, or was evicted, expired or forgotten",
     MissReason.NO_CACHE: "the request's `Cache-Control: no-cache` asks for a fresh answer",
+    MissReason.EXPIRED: "what is kept is past its lifetime",
     MissReason.STALE_FOR_REQUEST: "what is kept is older than the request's `max-age`",
     MissReason.OTHER_LIMIT: "what is kept was finished under another token limit",
     MissReason.SAMPLED: 'a sampled answer is wanted, and `cache.sampled` is "never"',

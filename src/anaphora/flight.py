@@ -2,7 +2,8 @@
 
 A flight is owned by a task, not by a client. It buffers its deltas in one list; each subscriber keeps only its place in it, so
 a slow client does not stall the others, and memory is one answer per flight whatever the number of clients. Only where the
-fastest of them is `AHEAD` deltas behind does the computation wait: nobody takes what it says. The first subscriber leaving harms nobody; the last one leaving before End cancels the computation.
+fastest of them is `AHEAD` deltas behind does the computation wait: nobody takes what it says. The first subscriber leaving
+harms nobody; the last one leaving before End cancels the computation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Landed = Callable[[Completion], Awaitable[None]]
 class Flight:
     """One computation and all that it said so far."""
 
-    __slots__ = ("_forget", "_subscribers", "_waiting", "_furthest", "_room", "completion", "deltas", "error", "over", "task")
+    __slots__ = ("_forget", "_furthest", "_room", "_subscribers", "_waiting", "completion", "deltas", "error", "over", "task")
 
     def __init__(self, start: Start, landed: Landed, forget: Callable[[], None]) -> None:
         self.deltas: list[Delta] = []

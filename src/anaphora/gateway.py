@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from anaphora.answer import Answer, Live, Meter, Recalled, Source
 from anaphora.backends.base import Backend, Foreign, Forwarded, Hosting, StandsIn
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
-from anaphora.errors import NotCached, NotFound
-from anaphora.events import Computed, Emit, Failed, Forgotten, MissReason, ignore
+from anaphora.errors import NotCached, NotFound, ServiceError
+from anaphora.events import Computed, Emit, Failed, Forgotten, Hit, MissReason, ignore
 from anaphora.flight import Flights
 from anaphora.forgets import Forgets
 from anaphora.memory import Memory, Recall
@@ -44,6 +45,15 @@ class Receipt(msgspec.Struct, frozen=True):
     promises: int = 0
 
 
+class Stale(msgspec.Struct, frozen=True):
+    """How long past its lifetime an answer may be given, where the request does not say: seconds."""
+
+    if_error_s: float = 0.0
+    """Where no new one can be computed."""
+    while_revalidate_s: float = 0.0
+    """While a new one is computed for those who come later."""
+
+
 class Gateway:
     """Answers requests from `memory`, or from `backend`, whose models `catalogue` knows. Owns all three.
 
@@ -58,6 +68,7 @@ class Gateway:
         *,
         accounting: Accounting | None = None,
         allowance: Allowance | None = None,
+        stale: Stale = Stale(),  # noqa: B008 (frozen)
         forgets: Forgets | None = None,
         clock: Clock | None = None,
         emit: Emit = ignore,
@@ -67,6 +78,8 @@ class Gateway:
         self._catalogue = catalogue
         self._accounting = accounting
         self._allowance = allowance
+        self._stale = stale
+        self._refreshing: set[asyncio.Task[None]] = set()
         self._hosting = backend if isinstance(backend, Hosting) else None
         self._clock = clock or SystemClock()
         self._emit = emit
@@ -80,6 +93,8 @@ class Gateway:
     async def aclose(self) -> None:
         """Cut what is being computed, let what is finished be learned, and close the backend and the memory."""
         await self._flights.aclose()
+        if self._refreshing:
+            await asyncio.wait(self._refreshing)
         await self._backend.aclose()
         await self._memory.aclose()
 
@@ -134,7 +149,8 @@ class Gateway:
             answer = Recalled(recalled.hit, recalled.key or recalled.hit.key, recalled.misses)
             self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, asked or NOBODY))
             return answer
-        if control.only_if_cached:
+        older = await self._older(request, control, recalled, _while_revalidate(control, self._stale))
+        if control.only_if_cached and older is None:
             raise NotCached("Nothing that this request accepts is cached, and it asks for cached answers only.")
 
         bill = None
@@ -158,7 +174,13 @@ class Gateway:
             self._allowance.settle(request_id, 0, 0)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
         meter = Meter(request, source, started_s, self._clock, self._emit, asked=asked or NOBODY, bill=bill)
-        return Live(subscription, source, recalled, meter, bill)
+        if older is not None:
+            self._refresh(Live(subscription, source, recalled, meter, bill))
+            answer = Recalled(older, recalled.key or older.key, recalled.misses)
+            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, asked or NOBODY))
+            return answer
+        if_error_s = self._stale.if_error_s if control.stale_if_error_s is None else control.stale_if_error_s
+        return Live(subscription, source, recalled, meter, bill, lambda: self._older(request, control, recalled, if_error_s))
 
     async def models(self) -> tuple[ModelInfo, ...]:
         return await self._catalogue.all()
@@ -221,6 +243,29 @@ class Gateway:
         """Level name → tier name → figures of the answer cache."""
         return await self._memory.stats()
 
+    # -- answers past their lifetime -----------------------------------------------------------------------------------
+
+    async def _older(self, request: Request, control: CacheControl, recalled: Recall, stale_s: float) -> Hit[Completion] | None:
+        """The answer that is past its lifetime, if that is why there was none, and if it is so for no more than `stale_s`."""
+        if stale_s <= control.stale_s or all(miss.reason is not MissReason.EXPIRED for miss in recalled.misses):
+            return None
+        return (await self._recall(request, msgspec.structs.replace(control, stale_s=stale_s))).hit
+
+    def _refresh(self, live: Live) -> None:
+        """Have `live` computed and learned though nobody waits for it."""
+
+        async def refresh() -> None:
+            try:
+                await live.whole()
+            except ServiceError as error:
+                log.info("an answer past its lifetime could not be computed anew: %s", error.message)
+            finally:
+                live.leave()
+
+        task = asyncio.create_task(refresh(), name="anaphora-refresh")
+        self._refreshing.add(task)
+        task.add_done_callback(self._refreshing.discard)
+
     # -- the cache, which may fail without harm (invariant 8) ----------------------------------------------------------
 
     async def _recall(self, request: Request, control: CacheControl) -> Recall:
@@ -244,6 +289,11 @@ class Gateway:
     def _cache_failed(self, operation: str, error: Exception) -> None:
         log.warning("the answer cache failed to %s; the request goes on without it", operation, exc_info=error)
         self._emit(Failed("memory", operation, repr(error)))
+
+
+def _while_revalidate(control: CacheControl, stale: Stale) -> float:
+    wish = control.stale_while_revalidate_s
+    return stale.while_revalidate_s if wish is None else wish
 
 
 def _alone(recalled: Recall, control: CacheControl) -> bool:

@@ -317,6 +317,12 @@ class CacheControl(msgspec.Struct, frozen=True, omit_defaults=True):
     no_cache: bool = False
     only_if_cached: bool = False
     max_age_s: float | None = None
+    stale_s: float = 0.0
+    """How long past its lifetime an answer may be: `max-stale`."""
+    stale_if_error_s: float | None = None
+    """The same where no new one can be computed (RFC 5861). None: as the server is set. So below."""
+    stale_while_revalidate_s: float | None = None
+    """The same while a new one is computed for those who come later."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):

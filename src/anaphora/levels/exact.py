@@ -34,6 +34,8 @@ _decode = msgspec.msgpack.Decoder(Completion).decode
 
 class ExactOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sampled: Literal["reuse", "never"] | Buckets = "reuse"
+    stale_s: float = 0.0
+    """Of the time that the store keeps an entry, the last so many seconds are past its lifetime."""
     max_value_bytes: int = 8 << 20
     """Of one encoded answer. A larger one is not kept."""
 
@@ -129,6 +131,9 @@ class ExactLevel:
         max_age_s = question.control.max_age_s
         if max_age_s is not None and age_s > max_age_s:
             return MissReason.STALE_FOR_REQUEST
+        ttl_s = None if entry.expires_at_s is None else entry.expires_at_s - self._options.stale_s - now_s
+        if ttl_s is not None and ttl_s < -question.control.stale_s:
+            return MissReason.EXPIRED
         try:
             completion = _decode(entry.value)
         except msgspec.MsgspecError:  # its checksum was right: another version of Anaphora wrote it
@@ -136,7 +141,6 @@ class ExactLevel:
         limit = question.request.max_tokens
         if any_limit and limit is not None and not _ends_within(completion, limit):
             return MissReason.OTHER_LIMIT
-        ttl_s = None if entry.expires_at_s is None else max(0.0, entry.expires_at_s - now_s)
         return Hit(self.name, key, completion, age_s, ttl_s, entry.cost_s)
 
     def _refused(self, question: Question, completion: Completion, clean: bool) -> RefusedReason | None:

@@ -17,6 +17,8 @@ RawHeaders = list[tuple[bytes, bytes]]
 NO_DIRECTIVES = CacheControl()
 MAX_KEEP_S = 86_400
 MAX_TAG = 128
+_FOREVER_S = 1e10
+"""Of a `max-stale` without seconds: however old."""
 _WHOLE_PROMPT = 1 << 40
 """Tokens: more than any prompt has."""
 
@@ -44,6 +46,7 @@ def cache_control(value: bytes | None) -> CacheControl:
         return NO_DIRECTIVES
     no_store = no_cache = only_if_cached = False
     max_age_s: float | None = None
+    stale: dict[str, float] = {}
     for name, argument in _DIRECTIVE.findall(value.decode("latin-1")):
         match name.lower():
             case "no-store":
@@ -55,7 +58,18 @@ def cache_control(value: bytes | None) -> CacheControl:
             case "max-age":
                 seconds = _seconds(argument)
                 max_age_s = seconds if max_age_s is None else min(max_age_s, seconds)
-    return CacheControl(no_store, no_cache, only_if_cached, max_age_s)
+            case "max-stale" | "stale-if-error" | "stale-while-revalidate" as kind:
+                seconds = _FOREVER_S if kind == "max-stale" and not argument else _seconds(argument)
+                stale[kind] = min(seconds, stale.get(kind, seconds))
+    return CacheControl(
+        no_store,
+        no_cache,
+        only_if_cached,
+        max_age_s,
+        stale.get("max-stale", 0.0),
+        stale.get("stale-if-error"),
+        stale.get("stale-while-revalidate"),
+    )
 
 
 def _seconds(argument: str) -> float:
@@ -89,12 +103,15 @@ def tag(value: bytes | None) -> str:
 def of_answer(answer: Answer, kv_reused_tokens: int) -> RawHeaders:
     """Where the answer came from and what that saved."""
     if isinstance(answer, Recalled):
-        ttl = b"" if answer.ttl_s is None else b"; ttl=%d" % answer.ttl_s
+        ttl = b"" if answer.ttl_s is None else b"; ttl=%d" % answer.ttl_s  # below 0: stale (RFC 9211 §2.3)
         return [
             (b"cache-status", b'anaphora; hit%b; key="%b"' % (ttl, answer.key.encode())),
             (b"age", b"%d" % max(0, answer.age_s)),
             (b"x-anaphora-saved-ms", b"%d" % (answer.saved_s * 1000)),
         ]
+    if (old := answer.instead) is not None:
+        status = b'anaphora; hit; ttl=%d; key="%b"; detail=stale-if-error' % (old.ttl_s or 0, answer.key.encode())
+        return [(b"cache-status", status), (b"age", b"%d" % max(0, old.age_s))]
     reason = answer.reason
     fwd = b"bypass" if answer.source == "bypass" or reason is None else _FWD.get(reason, b"miss")
     collapsed = b"; collapsed" if answer.source == "collapsed" else b""
