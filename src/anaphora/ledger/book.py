@@ -132,7 +132,10 @@ class Book:
         if not self._writes and not self.path.exists():
             return []
         try:
-            return self._open().execute(text, values).fetchall()
+            connection = self._open()
+            if not self._writes and not self._version(connection):  # whoever makes it has not finished
+                return []
+            return connection.execute(text, values).fetchall()
         except sqlite3.Error as error:
             raise self._problem(error) from error
 
@@ -172,13 +175,17 @@ class Book:
 
     def _make(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
+        if not self._version(connection):
             for statement in filter(None, map(str.strip, _SCHEMA.split(";\n"))):
                 connection.execute(statement)
         connection.execute("COMMIT")
+
+    def _version(self, connection: sqlite3.Connection) -> int:
+        """0: there is nothing in the file yet."""
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > FORMAT:
             raise BookProblem(f"the ledger {self.path} is of a later version of Anaphora")
+        return version
 
     def _problem(self, error: Exception) -> BookProblem:
         self.close()  # and open it again the next time: it may have been put there again
