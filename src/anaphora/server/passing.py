@@ -17,6 +17,22 @@ _VARIANTS = ("anthropic-beta", "openai-beta")
 _KEYS = (b"x-api-key", b"authorization")
 
 
+class _Stored(msgspec.Struct, frozen=True):
+    store: bool | None = None
+
+
+def is_stored(dialect: str, body: bytes) -> bool:
+    """Whether the provider keeps the answer under its id, for later requests to refer to. One that is remembered here would
+    have another id, which the provider does not know."""
+    if dialect not in ("openai_responses", "openai_chat"):
+        return False
+    try:
+        store = msgspec.json.decode(body, type=_Stored).store
+    except msgspec.MsgspecError:
+        return False
+    return store is True or (store is None and dialect == "openai_responses")
+
+
 def with_native(
     request: Request, dialect: str, body: bytes, head: Mapping[bytes, bytes], *, unread: str = "", own_keys: bool
 ) -> Request:

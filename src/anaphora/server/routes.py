@@ -80,6 +80,8 @@ class Answers(Endpoint):
         request = headers.with_wishes(request, call.head.get(b"x-anaphora-kv"), call.head.get(b"x-anaphora-kv-keep"))
         trail.model = request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
+        if request.native is not None and passing.is_stored(self._dialect.name, body):
+            control = msgspec.structs.replace(control, no_cache=True, no_store=True)
         tag = headers.tag(call.head.get(b"x-anaphora-tag"))
         asked = Asked(lambda: parsed.prompt, answer_id, call.workspace, request.model, f"req_{call.ids.id}", tag)
         answer = await self.api.gateway.complete(request, control, asked)
