@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ event_lines = st.tuples(
 
 def cut(body: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted(place % (len(body) + 1) for place in places), len(body)]
-    return [body[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [body[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 @given(
@@ -32,7 +34,8 @@ def cut(body: bytes, places: list[int]) -> list[bytes]:
 def test_events_are_the_same_however_the_body_is_cut(
     events: list[tuple[list[str], str | None, list[str]]], end: str, places: list[int], marked: bool
 ) -> None:
-    expected, body = [], b"\xef\xbb\xbf" if marked else b""
+    expected: list[Event] = []
+    body = b"\xef\xbb\xbf" if marked else b""
     for comments, name, datas in events:
         lines = [*comments, *([f"event: {name}"] if name else []), *(f"data: {data}" for data in datas)]
         raw = "".join(line + end for line in [*lines, ""]).encode()

@@ -1,4 +1,4 @@
-"""Answers of upstreams: what our own servers write is read as it was meant, however it was cut, and said again in any dialect."""
+"""Answers of upstreams: what our own servers write is read as it was meant, however it was cut, in every dialect."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.wire.test_same_question import name, value
+from tests.wire.test_sse import cut
 
 from anaphora.transcript import collect, replay
 from anaphora.types import (
@@ -35,8 +37,6 @@ from anaphora.wire.upstream_anthropic import UpstreamAnthropic
 from anaphora.wire.upstream_chat import UpstreamChat
 from anaphora.wire.upstream_completions import UpstreamCompletions
 from anaphora.wire.upstream_responses import UpstreamResponses
-from tests.wire.test_same_question import name, value
-from tests.wire.test_sse import cut
 
 PAIRS: dict[str, tuple[Dialect, UpstreamDialect]] = {
     "anthropic": (Anthropic(), UpstreamAnthropic()),

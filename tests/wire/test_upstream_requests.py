@@ -9,20 +9,20 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.wire.test_same_question import Conversation, Pen, conversations, name, text, value
 
 from anaphora.errors import InvalidRequest
-from anaphora.types import LOCAL_TENANT, Native, Request, Sampling
+from anaphora.types import LOCAL_TENANT, Native, Request
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import Dialect, encode
 from anaphora.wire.openai_chat import OpenAIChat
 from anaphora.wire.openai_completions import OpenAICompletions
 from anaphora.wire.openai_responses import OpenAIResponses
-from anaphora.wire.upstream import Body, UpstreamDialect
+from anaphora.wire.upstream import UpstreamDialect
 from anaphora.wire.upstream_anthropic import UpstreamAnthropic
 from anaphora.wire.upstream_chat import UpstreamChat
 from anaphora.wire.upstream_completions import UpstreamCompletions
 from anaphora.wire.upstream_responses import UpstreamResponses
-from tests.wire.test_same_question import Conversation, Pen, conversations, name, text, value
 
 Json = dict[str, Any]
 
