@@ -4,12 +4,15 @@ answers. Pure."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
 
 import msgspec
 
 from anaphora.answer import Answer, Recalled
 from anaphora.errors import InvalidRequest
 from anaphora.events import MissReason
+from anaphora.ledger.limits import Standing
 from anaphora.types import CacheControl, Keep, Request
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -121,3 +124,32 @@ def of_answer(answer: Answer, kv_reused_tokens: int) -> RawHeaders:
         (b"cache-status", b"anaphora; fwd=%b%b%b%b" % (fwd, collapsed, key, detail)),
         (b"x-anaphora-kv-reused-tokens", b"%d" % kv_reused_tokens),
     ]
+
+
+def of_limits(standings: Iterable[Standing], dialect: str, now_s: float) -> RawHeaders:
+    """How a tenant stands, in the words of the dialect's provider: the nearest limit of requests, and that of tokens."""
+    found: RawHeaders = []
+    nearest: dict[str, Standing] = {}
+    for standing in standings:
+        before = nearest.get(standing.kind)
+        if standing.kind != "usd" and (before is None or standing.remaining < before.remaining):
+            nearest[standing.kind] = standing
+    for kind, standing in nearest.items():
+        if dialect == "anthropic":
+            prefix, suffix = f"anthropic-ratelimit-{kind}-", ""
+            reset = datetime.fromtimestamp(now_s + standing.reset_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        else:
+            prefix, suffix, reset = "x-ratelimit-", f"-{kind}", _duration(standing.reset_s)
+        for name, value in (("limit", standing.limit), ("remaining", standing.remaining), ("reset", reset)):
+            found.append((f"{prefix}{name}{suffix}".encode(), str(value).encode()))
+    return found
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: "6m0s", "1.5s", "20ms"."""
+    if seconds < 1:
+        return f"{round(seconds * 1000)}ms"
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    text = f"{rest:.3f}".rstrip("0").rstrip(".")
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{text}s"

@@ -110,7 +110,7 @@ class Answers(Endpoint):
         return parsed, request
 
     async def _recalled(self, call: Call, parsed: Parsed, answer: Recalled) -> None:
-        raw = [id_header(self._dialect, call.ids), *headers.of_answer(answer, 0)]
+        raw = [id_header(self._dialect, call.ids), *headers.of_answer(answer, 0), *self._limits(call)]
         if parsed.rendering.stream:
             writer = self._dialect.writer(parsed.rendering, call.ids)
             await call.sender.start(200, _EVENTS + raw)
@@ -141,7 +141,7 @@ class Answers(Endpoint):
             return
         trail.reused(completion.usage.kv_reused_tokens)
         trail.over("finished")
-        raw = _passed_on(answer.raw) + self._headers(call, answer, completion.usage.kv_reused_tokens)
+        raw = self._headers(call, answer, completion.usage.kv_reused_tokens, answer.raw)
         raw.append(JSON)
         own = b"".join(part.data for part in answer.raw if part.dialect == self._dialect.name)
         await call.sender.whole(200, raw, own or self._dialect.render(completion, rendering, call.ids))
@@ -153,7 +153,7 @@ class Answers(Endpoint):
             return
         reused = next((delta.usage.kv_reused_tokens for delta in burst if isinstance(delta, Begin)), 0)
         trail.reused(reused)
-        await call.sender.start(200, _EVENTS + _passed_on(burst) + self._headers(call, answer, reused))
+        await call.sender.start(200, _EVENTS + self._headers(call, answer, reused, burst))
         writer = self._dialect.writer(rendering, call.ids)
         events = _Events(self._dialect.name, writer)
         try:
@@ -174,8 +174,17 @@ class Answers(Endpoint):
             trail.over("finished")
         await call.sender.last(events.of(burst))
 
-    def _headers(self, call: Call, answer: Live, kv_reused_tokens: int) -> RawHeaders:
-        return [id_header(self._dialect, call.ids), *headers.of_answer(answer, kv_reused_tokens)]
+    def _headers(self, call: Call, answer: Live, kv_reused_tokens: int, said: Iterable[Delta]) -> RawHeaders:
+        own = [id_header(self._dialect, call.ids), *headers.of_answer(answer, kv_reused_tokens), *self._limits(call)]
+        names = {name for name, _ in own}
+        return [header for header in _passed_on(said) if header[0] not in names] + own
+
+    def _limits(self, call: Call) -> RawHeaders:
+        books = self.api.books
+        if books is None or books.allowance is None:
+            return []
+        standings = books.allowance.standings(call.tenant)
+        return headers.of_limits(standings, self._dialect.name, self.api.clock.now_s())
 
 
 def _billed(rendering: Rendering, bill: Bill) -> Rendering:
