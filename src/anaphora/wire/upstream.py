@@ -202,6 +202,6 @@ _EXCERPT_CHARS = 300
 def unreadable_error(status: int, data: bytes) -> UpstreamError:
     """A proxy's page, or nothing at all."""
     text = " ".join(data[: 1 << 14].decode("utf-8", "replace").split())
-    if not text or text[:1] == "<":
+    if text[:1] == "<" or not any(map(str.isalpha, text)):
         return UpstreamError(status, f"The upstream answered with status {status}.")
     return UpstreamError(status, text[:_EXCERPT_CHARS])
