@@ -332,8 +332,18 @@ def reported(args: argparse.Namespace, questions: Sequence[Question], watch: Wat
         "faults": dict(watch.faults),
         "first_event_s": {"p50": firsts[len(firsts) // 2], "p99": firsts[len(firsts) * 99 // 100]} if firsts else None,
         "memory_mib": {"begin": watch.memory[0][1], "end": watch.memory[-1][1], "growth": growth} if watch.memory else None,
-        "violations": {kind: {"count": len(which), "examples": which[:EXAMPLES]} for kind, which in found.items()},
+        "violations": {
+            kind: {"count": len(which), "examples": [example(name, questions, watch) for name in which[:EXAMPLES]]}
+            for kind, which in found.items()
+        },
     }
+
+
+def example(name: str, questions: Sequence[Question], watch: Watch) -> dict[str, Any]:
+    """Of a violation: the question, and what became of it where."""
+    asked = [question for question in questions if question.token == name]
+    attempts = [f"{one.upstream}: {one.outcome} ({one.fault})" for one in watch.attempts.get(name, ())]
+    return {"question": name, "asked": [msgspec.to_builtins(one) for one in asked], "attempts": attempts}
 
 
 # -- processes -------------------------------------------------------------------------------------------------------------
