@@ -59,7 +59,7 @@ def build(
     clock = clock or SystemClock()
     local = None if config.engine.kind == "none" else _backend(config, say, on_status, engine)
     accounting = None if local is None else _accounting(config.engine, local, clock, emit)
-    fleet = _fleet(config, local, clock) if config.gateway.upstreams else None
+    fleet = _fleet(config, local, clock, emit) if config.gateway.upstreams else None
     backend: Backend = fleet or local or _nobody()
     further = fleet.model if fleet is not None else local.model if isinstance(local, EchoBackend) else None
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
@@ -124,17 +124,21 @@ def _nobody() -> Backend:
     raise ConfigError("engine.kind: without an engine there must be upstreams; add [[gateway.upstreams]]")
 
 
-def _fleet(config: Config, local: Backend | None, clock: Clock) -> Fleet:
+def _fleet(config: Config, local: Backend | None, clock: Clock, emit: Emit) -> Fleet:
+    from anaphora.backends.optimising import Optimising
     from anaphora.backends.upstream import Upstream, UpstreamOptions
-    from anaphora.fleet import Fleet
+    from anaphora.fleet import Fleet, optimiser_options
+
+    optimising = Optimising(clock=clock, emit=emit)
 
     shared = set(UpstreamOptions.__struct_fields__) & set(UpstreamConfig.__struct_fields__)
     upstreams = []
     for one in config.gateway.upstreams:
         fields = {name: getattr(one, name) for name in shared}
-        options = UpstreamOptions(**fields, anthropic=one.dialect == "anthropic", key=upstream_key(one))
-        upstreams.append(Upstream(options, _dialects(one), clock=clock))
-    return Fleet(upstreams, config.gateway, local=local, clock=clock)
+        optimiser = optimiser_options(config.gateway.optimiser, one)
+        options = UpstreamOptions(**fields, anthropic=one.dialect == "anthropic", key=upstream_key(one), optimiser=optimiser)
+        upstreams.append(Upstream(options, _dialects(one), optimising=optimising, clock=clock))
+    return Fleet(upstreams, config.gateway, local=local, optimising=optimising, clock=clock)
 
 
 def _dialects(upstream: UpstreamConfig) -> dict[str, UpstreamDialect]:

@@ -185,8 +185,21 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a request that certainly was not answered, before another upstream is asked or the client told."""
     max_concurrency: Natural = 0
     """Requests at the same time; more wait. 0: any number."""
+    affinity: Literal["", "azure", "deepseek", "mistral", "openai", "openrouter", "xai"] = ""
+    """Whose way of sending what belongs together to one place it knows. Empty: that of the model's own provider."""
+    profile: str = ""
+    """The model whose rules of prompt caching hold for models that none are known of, such as `gpt-5.5`."""
     kv_tokens: Natural = 0
     """Of a server of one's own: how many tokens of prefixes its cache holds. 0: not known."""
+
+
+class OptimiserConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is added to prompts so that their provider's cache hits."""
+
+    mode: Literal["off", "advise", "on"] = "off"
+    """`advise`: only headers and explanations say what would be done."""
+    rewrites: tuple[Literal["tools", "schemas", "volatile"], ...] = ()
+    """Sort tools, sort keys of their schemas, move lines of the system prompt that change with every request to the end."""
 
 
 class RouteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,11 +210,15 @@ class RouteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of them is asked."""
     fallbacks: tuple[Name, ...] = ()
     """Asked one after the other when none of those can answer: `NAME`, or `NAME:MODEL` for another model there."""
+    optimiser: OptimiserConfig | None = None
+    """Of these models' prompts. None: as everywhere."""
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     upstreams: tuple[UpstreamConfig, ...] = ()
     routes: tuple[RouteConfig, ...] = ()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """Of all prompts that go to upstreams."""
     strategy: Name = "expected"
     """Which of several upstreams is asked."""
     breaker_failures: Positive = 5
@@ -286,6 +303,7 @@ SHORT_VARIABLES = {
     "engine.profile": "ANAPHORA_PROFILE",
     "cache.shared": "ANAPHORA_SHARED",
     "gateway.upstreams": "ANAPHORA_UPSTREAMS",
+    "gateway.optimiser": "ANAPHORA_OPTIMISER",
 }
 OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA_API_KEY")
 """Read elsewhere (the file's path; test data; where `chat` and `stats` connect to), so not a misspelling."""
@@ -510,6 +528,8 @@ def _structured(setting: Setting, text: str) -> Any:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
             raise ValueError(f"expected limits as JSON: {error}") from error
+    if setting.path == "gateway.optimiser":
+        return {"mode": text}
     if setting.path in ("engine.aliases", "engine.profile"):
         return [item.strip() for item in text.split(",") if item.strip()]
     if setting.path == "cache.sampled" and text.startswith("buckets="):
@@ -542,6 +562,7 @@ _FIELDS: dict[str, type[msgspec.Struct]] = {
     "server.keys": ApiKey,
     "gateway.upstreams": UpstreamConfig,
     "gateway.routes": RouteConfig,
+    "gateway.optimiser": OptimiserConfig,
     "ledger.limits": LimitConfig,
 }
 

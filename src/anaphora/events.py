@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -208,7 +208,54 @@ class Billed(msgspec.Struct, frozen=True):
     """Why nothing, or less than possible, was read (`diagnosis.Reason`); empty where all was."""
 
 
-Event = Hit[object] | Miss | Stored | Refused | Evicted | Damaged | Failed | Dropped | Forgotten | Computed | Answered | Billed
+class Optimised(msgspec.Struct, frozen=True):
+    """The prompt optimiser has decided what a request to an upstream needs for the provider's cache to hit."""
+
+    tenant: Tenant
+    request_id: str
+    model: str
+    """As the upstream names it."""
+    upstream: str
+    mode: str
+    """"advise": nothing of it was done."""
+    marks: tuple[str, ...]
+    """Path and lifetime of each breakpoint that was added."""
+    reasons: tuple[dict[str, Any], ...]
+    """For every decision, also against doing something: code, path, text, tokens saved."""
+
+
+class UpstreamAsked(msgspec.Struct, frozen=True):
+    """An upstream was asked for an answer, and did not give any if there is an `error`."""
+
+    tenant: Tenant
+    request_id: str
+    model: str
+    upstream: str
+    expected_s: float | None = None
+    """From here to the whole answer, where the router estimates that."""
+    cached_tokens: int = 0
+    """Of the prompt, which it expects the upstream to have."""
+    scores: dict[str, float] = {}
+    """Of all that could have been asked: the smallest won."""
+    error: str = ""
+
+
+Event = (
+    Hit[object]
+    | Miss
+    | Stored
+    | Refused
+    | Evicted
+    | Damaged
+    | Failed
+    | Dropped
+    | Forgotten
+    | Computed
+    | Answered
+    | Billed
+    | Optimised
+    | UpstreamAsked
+)
 Emit = Callable[[Event], None]
 
 

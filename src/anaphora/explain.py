@@ -10,7 +10,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -19,8 +19,8 @@ from anaphora.accounting import Asked, Bill
 from anaphora.answer import Live, Recalled
 from anaphora.clock import Clock
 from anaphora.diagnosis import Miss, Reason
+from anaphora.events import Event, MissReason, Optimised, UpstreamAsked
 from anaphora.events import Miss as LevelMiss
-from anaphora.events import MissReason
 from anaphora.lint.findings import RULES
 from anaphora.outline import Outline, Parting, Piece, outline, part
 from anaphora.profiles import Profile, prices
@@ -152,6 +152,27 @@ class PromptCaching(msgspec.Struct, frozen=True):
     """None: as much was read as there was to read."""
 
 
+class Upstream(msgspec.Struct, frozen=True):
+    """One that was asked for the answer."""
+
+    name: str
+    error: str
+    """Why it gave none; empty where it did."""
+    expected_s: float | None
+    cached_tokens: int
+    scores: dict[str, float]
+    """The router's, of all that could have been asked; the smallest won."""
+
+
+class Advice(msgspec.Struct, frozen=True):
+    """What the prompt optimiser decided."""
+
+    mode: str
+    model: str
+    marks: tuple[str, ...]
+    reasons: tuple[dict[str, Any], ...]
+
+
 class Explanation(msgspec.Struct, frozen=True):
     request_id: str
     answer_id: str
@@ -172,6 +193,10 @@ class Explanation(msgspec.Struct, frozen=True):
     """None: answered from memory, or not accounted for."""
     kv_reused_tokens: int | None
     """Prompt tokens whose KV the engine really took from its cache; None where nothing was computed."""
+    upstreams: tuple[Upstream, ...] = ()
+    """That were asked, in turn."""
+    optimiser: Advice | None = None
+    """None: it had nothing to do with this request."""
 
 
 class Trail:
@@ -188,6 +213,8 @@ class Trail:
         "_parting",
         "_reused",
         "_shared",
+        "_upstreams",
+        "advice",
         "answer_id",
         "arrived_s",
         "dialect",
@@ -213,6 +240,15 @@ class Trail:
         self._parting: Parting | None = None
         self._differs_at: int | None = None
         self._reused: int | None = None
+        self._upstreams: list[Upstream] = []
+        self.advice: Advice | None = None
+
+    def asked(self, event: UpstreamAsked) -> None:
+        """An upstream was asked; said once more where it gave no answer."""
+        if event.error and self._upstreams:
+            self._upstreams.pop()
+        found = Upstream(event.upstream, event.error, event.expected_s, event.cached_tokens, event.scores)
+        self._upstreams.append(found)
 
     def recalled(self, answer: Recalled) -> None:
         self._answered_by, self._age_s, self._levels = answer.level, answer.age_s, answer.misses
@@ -260,6 +296,8 @@ class Trail:
             if charged is None
             else _caching(charged, self._parting, self._differs_at, self.model, self.arrived_s),
             kv_reused_tokens=self._reused,
+            upstreams=tuple(self._upstreams),
+            optimiser=self.advice,
         )
 
 
@@ -309,6 +347,19 @@ class Explanations:
         if len(kept.trails) > self.size:
             kept.trails.popitem(last=False)
         return trail
+
+    def record(self, event: Event) -> None:
+        """Takes every event; most do not concern it."""
+        if not isinstance(event, Optimised | UpstreamAsked):
+            return
+        kept = self._tenants.get(event.tenant)
+        trail = None if kept is None else kept.trails.get(_bare(event.request_id))
+        if trail is None:
+            return
+        if isinstance(event, Optimised):
+            trail.advice = Advice(event.mode, event.model, event.marks, event.reasons)
+        else:
+            trail.asked(event)
 
     def note(self, tenant: Tenant, trail: Trail, answer: Live, asked: Asked) -> None:
         """The request is being computed. Outlines its prompt, where it is accounted for, and compares it where it missed."""

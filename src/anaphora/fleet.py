@@ -21,9 +21,10 @@ import msgspec
 
 from anaphora.backends.base import Backend, Foreign, Forwarded
 from anaphora.backends.breaker import Breaker
+from anaphora.backends.optimising import OptimiserOptions, Optimising
 from anaphora.backends.upstream import Upstream
 from anaphora.clock import Clock, SystemClock
-from anaphora.config import GatewayConfig
+from anaphora.config import GatewayConfig, OptimiserConfig, RouteConfig, UpstreamConfig
 from anaphora.errors import BackendFailed, InvalidRequest, ModelNotFound, NotFound, ServiceError, UpstreamFailed
 from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope
 
@@ -52,6 +53,7 @@ class Fleet:
         config: GatewayConfig,
         *,
         local: Backend | None = None,
+        optimising: Optimising | None = None,
         clock: Clock | None = None,
         sleep: Sleep = asyncio.sleep,
         rng: random.Random | None = None,
@@ -59,6 +61,8 @@ class Fleet:
         self._upstreams = {upstream.name: upstream for upstream in upstreams}
         self._config = config
         self._retries = {one.name: one.retries for one in config.upstreams}
+        self._configured = {one.name: one for one in config.upstreams}
+        self._optimising = optimising
         self._local = local
         self._clock = clock or SystemClock()
         self._sleep = sleep
@@ -120,20 +124,22 @@ class Fleet:
 
     def _pool(self, model: str) -> tuple[Target, ...]:
         """Those of whom one is chosen. Empty: nobody answers for `model`."""
-        for route in self._config.routes:
-            if any(fnmatchcase(model, pattern) for pattern in route.models):
-                return tuple([Target(self._upstreams[name], model) for name in route.upstreams])
+        route = self._route(model)
+        if route is not None:
+            return tuple([Target(self._upstreams[name], model) for name in route.upstreams])
         found = {upstream: upstream.serves(model) for upstream in self._upstreams.values()}
         best = max((exactness for exactness in found.values() if exactness is not None), default=None)
         return tuple([Target(upstream, model) for upstream, exactness in found.items() if exactness == best is not None])
 
+    def _route(self, model: str) -> RouteConfig | None:
+        matching = (route for route in self._config.routes if any(fnmatchcase(model, pattern) for pattern in route.models))
+        return next(matching, None)
+
     def _fallbacks(self, model: str) -> Iterator[Target]:
-        for route in self._config.routes:
-            if any(fnmatchcase(model, pattern) for pattern in route.models):
-                for fallback in route.fallbacks:
-                    name, _, other = fallback.partition(":")
-                    yield Target(self._upstreams[name], other or model)
-                return
+        route = self._route(model)
+        for fallback in () if route is None else route.fallbacks:
+            name, _, other = fallback.partition(":")
+            yield Target(self._upstreams[name], other or model)
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
@@ -194,7 +200,7 @@ class Fleet:
         held: list[Delta] = []
         given = False
         try:
-            async with aclosing(upstream.run(asking)) as deltas:
+            async with aclosing(upstream.run(asking, self._optimiser(upstream, request.model))) as deltas:
                 async for delta in deltas:
                     if isinstance(delta, Begin):
                         delta = msgspec.structs.replace(delta, upstream=upstream.name)
@@ -223,6 +229,13 @@ class Fleet:
         except BaseException:
             breaker.left(trial)
             raise
+
+    def _optimiser(self, upstream: Upstream, model: str) -> OptimiserOptions | None:
+        """What the route of `model` says of it. None: what holds everywhere."""
+        route = self._route(model)
+        if route is None or route.optimiser is None:
+            return None
+        return optimiser_options(route.optimiser, self._configured[upstream.name])
 
     def _ordered(self, request: Request, pool: Sequence[Target]) -> list[Target]:
         """The pool, whom to ask first in front."""
@@ -261,6 +274,8 @@ class Fleet:
         raise NotFound(f"There is nothing at {asked.method} {asked.path}.", code="unknown_url")
 
     async def forget(self, scope: Scope) -> int:
+        if self._optimising is not None:
+            self._optimising.forget(scope)
         return 0 if self._local is None else await self._local.forget(scope)
 
     async def stats(self) -> dict[str, Any]:
@@ -277,6 +292,10 @@ class Fleet:
             await upstream.aclose()
         if self._local is not None:
             await self._local.aclose()
+
+
+def optimiser_options(config: OptimiserConfig, upstream: UpstreamConfig) -> OptimiserOptions:
+    return OptimiserOptions(config.mode, config.rewrites, upstream.affinity, upstream.profile)
 
 
 class _Nothing(Exception):

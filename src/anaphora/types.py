@@ -139,6 +139,7 @@ class Native(msgspec.Struct, frozen=True):
     """Of the client's request, lower-case names: what the provider is to see of them (its API's version and betas)."""
     credential: tuple[str, str] | None = None
     """The client's own key with the name of its header, where upstreams may be asked with it. Never shown."""
+    request_id: str = ""
     unread: str = ""
     """Why Anaphora could not read the body: only an upstream of the same dialect may know better."""
 

@@ -21,9 +21,10 @@ import msgspec
 
 from anaphora import __version__
 from anaphora.backends.base import Foreign, Forwarded
+from anaphora.backends.optimising import OptimiserOptions, Optimising
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
-from anaphora.types import Begin, Delta, End, Finish, ModelInfo, Raw, Request, Scope
+from anaphora.types import Begin, Delta, End, Finish, ModelInfo, Raw, Request, Scope, TextDelta, ThinkingDelta, ToolUseDelta
 from anaphora.wire.base import encode
 from anaphora.wire.fields import Json
 from anaphora.wire.upstream import Reader, UpstreamDialect
@@ -57,6 +58,7 @@ class UpstreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     between_s: float = 60.0
     total_s: float = 1800.0
     max_concurrency: int = 0
+    optimiser: OptimiserOptions = OptimiserOptions()
 
     def __repr__(self) -> str:
         return f"UpstreamOptions({self.name!r}, {self.base_url!r})"
@@ -66,12 +68,18 @@ class Upstream:
     """A `Backend`. `dialects` are those it speaks; what is of none of them is written in the first."""
 
     def __init__(
-        self, options: UpstreamOptions, dialects: Mapping[str, UpstreamDialect], *, clock: Clock | None = None
+        self,
+        options: UpstreamOptions,
+        dialects: Mapping[str, UpstreamDialect],
+        *,
+        optimising: Optimising | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.options = options
         self.name = options.name
         self._dialects = dict(dialects)
         self._main = next(iter(dialects.values()))
+        self._optimising = optimising
         self._clock = clock or SystemClock()
         self._base = options.base_url.rstrip("/").removesuffix("/v1")
         self._client: httpx2.AsyncClient | None = None
@@ -113,9 +121,36 @@ class Upstream:
         """Those that the configuration names; a pattern names none."""
         return tuple([ModelInfo(name) for name in self.options.models if not _is_pattern(name)])
 
-    async def run(self, request: Request) -> AsyncGenerator[Delta, None]:
+    async def run(self, request: Request, optimiser: OptimiserOptions | None = None) -> AsyncGenerator[Delta, None]:
+        """`optimiser`: instead of the upstream's own settings."""
         dialect, body = self._written(request)
-        sent = self._request(request, dialect.path, encode(body))
+        sending = None
+        if self._optimising is not None:
+            options = self.options.optimiser if optimiser is None else optimiser
+            sending = self._optimising.prepare(request, dialect.name, body, self.name, options)
+        if sending is None:
+            async with aclosing(self._exchange(request, dialect, body, body, {})) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        try:
+            await sending.wait()
+            async with aclosing(self._exchange(request, dialect, body, sending.body, sending.headers)) as deltas:
+                async for delta in deltas:
+                    if isinstance(delta, Raw) and delta.headers:
+                        told = ("x-anaphora-optimiser", sending.summary)
+                        delta = msgspec.structs.replace(delta, headers=(*delta.headers, told))
+                    elif isinstance(delta, TextDelta | ThinkingDelta | ToolUseDelta | End):
+                        sending.begun()
+                    yield delta
+        finally:
+            sending.over()
+
+    async def _exchange(
+        self, request: Request, dialect: UpstreamDialect, body: Json, sent_body: Json, headers: dict[str, str]
+    ) -> AsyncGenerator[Delta, None]:
+        """One HTTP request. `body` is what the answer's reader knows of, `sent_body` what is sent."""
+        sent = self._request(request, dialect.path, encode(sent_body), headers)
         started_s = self._clock.monotonic_s()
         if self._slots is not None:
             await self._slots.acquire()
@@ -231,7 +266,7 @@ class Upstream:
     def _model(self, name: str) -> str:
         return self.options.rename.get(name, name)
 
-    def _request(self, request: Request, path: str, data: bytes) -> httpx2.Request:
+    def _request(self, request: Request, path: str, data: bytes, further: dict[str, str] | None = None) -> httpx2.Request:
         if self._client is None:
             raise UpstreamFailed(f"The upstream {self.name} is not started.", 503, elsewhere=True)
         native = request.native
@@ -240,6 +275,7 @@ class Upstream:
             headers |= dict(native.headers)
         if self.options.anthropic:
             headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
+        headers |= {name: value for name, value in (further or {}).items() if name not in headers}
         headers |= self._authorisation(request)
         return self._client.build_request("POST", self._base + path, content=data, headers=headers)
 

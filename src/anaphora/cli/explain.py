@@ -75,6 +75,29 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"    engine  {found['kv_reused_tokens']:,} prompt tokens were really taken from its cache"
     if caching is not None and caching["miss"] is not None:
         yield from _miss(caching["miss"])
+    for upstream in found["upstreams"]:
+        yield f"    asked   {_asked(upstream)}"
+    if found["optimiser"] is not None:
+        yield from _advice(found["optimiser"])
+
+
+def _asked(upstream: dict[str, Any]) -> str:
+    if upstream["error"]:
+        return f"{upstream['name']}, without an answer: {upstream['error']}"
+    if upstream["expected_s"] is None:
+        return str(upstream["name"])
+    expected = f"expected in {upstream['expected_s']:.2f} s with {upstream['cached_tokens']:,} tokens of the prompt cached"
+    return f"{upstream['name']}, {expected}"
+
+
+def _advice(advice: dict[str, Any]) -> Iterator[str]:
+    done = "added" if advice["mode"] == "on" else "would add"
+    marks = ", ".join(advice["marks"]) or "no breakpoint"
+    yield f"    prompt  the optimiser {done}: {marks}"
+    for reason in advice["reasons"]:
+        at = f" at {reason['path']}" if reason.get("path") else ""
+        saves = f" ({reason['tokens']:+,} tokens)" if reason.get("tokens") else ""
+        yield f"            {reason['code']}{at}: {reason['text']}{saves}"
 
 
 def _miss(miss: dict[str, Any]) -> Iterator[str]:

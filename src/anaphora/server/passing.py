@@ -34,10 +34,17 @@ def is_stored(dialect: str, body: bytes) -> bool:
 
 
 def with_native(
-    request: Request, dialect: str, body: bytes, head: Mapping[bytes, bytes], *, unread: str = "", own_keys: bool
+    request: Request,
+    dialect: str,
+    body: bytes,
+    head: Mapping[bytes, bytes],
+    *,
+    own_keys: bool,
+    unread: str = "",
+    request_id: str = "",
 ) -> Request:
     """`request` with the body it was read from, or could not be (`unread` says why)."""
-    found = native(dialect, body, head, own_keys=own_keys, unread=unread)
+    found = native(dialect, body, head, own_keys=own_keys, unread=unread, request_id=request_id)
     variant = "\n".join(f"{name}: {value}" for name, value in found.headers if name in _VARIANTS)
     return msgspec.structs.replace(request, native=found, variant=variant)
 
@@ -50,6 +57,7 @@ def native(
     own_keys: bool,
     unread: str = "",
     further: tuple[str, ...] = (),
+    request_id: str = "",
 ) -> Native:
     """The body with those headers that are the provider's business, and `further` ones. `own_keys`: the key that the client
     sent is one of this server's, and nobody else's business."""
@@ -57,4 +65,4 @@ def native(
     headers = tuple(sorted((name, value) for name, value in seen.items() if name.startswith(SEEN) or name in further))
     key = None if own_keys else next((name for name in _KEYS if name in head), None)
     credential = None if key is None else (key.decode(), head[key].decode("latin-1"))
-    return Native(dialect, body, headers, credential, unread)
+    return Native(dialect, body, headers, credential, request_id, unread)

@@ -106,7 +106,10 @@ class Answers(Endpoint):
                 raise
         request = parsed.request
         if gateway.hosts(request.model):
-            request = passing.with_native(request, name, body, call.head, unread=unread, own_keys=bool(self.api.keyring))
+            own_keys, request_id = bool(self.api.keyring), f"req_{call.ids.id}"
+            request = passing.with_native(
+                request, name, body, call.head, own_keys=own_keys, unread=unread, request_id=request_id
+            )
         return parsed, request
 
     async def _recalled(self, call: Call, parsed: Parsed, answer: Recalled) -> None:
@@ -245,7 +248,10 @@ class CountTokens(Endpoint):
                 raise
         request = parsed.request
         if gateway.hosts(request.model):
-            request = passing.with_native(request, name, body, call.head, unread=unread, own_keys=bool(self.api.keyring))
+            own_keys, request_id = bool(self.api.keyring), f"req_{call.ids.id}"
+            request = passing.with_native(
+                request, name, body, call.head, own_keys=own_keys, unread=unread, request_id=request_id
+            )
         num_tokens = await gateway.count_tokens(request, parsed.prompt)
         await call.json(self._dialect.render_count(num_tokens), self._dialect)
 

@@ -110,9 +110,12 @@ async def answer(
     metrics, ledger = Metrics(sums), Ledger(sums)
     clock: Clock = ManualClock(float(int(time.time()))) if config.server.virtual_clock else SystemClock()
 
+    explanations = Explanations(clock, size=config.server.explanations)
+
     def emit(event: Event) -> None:
         metrics.record(event)
         ledger.record(event)
+        explanations.record(event)
         if books is not None:
             books.recorder.record(event)
 
@@ -149,7 +152,6 @@ async def answer(
     # Clients who bring keys of their own, for upstreams that have none of ours, are strangers to each other.
     strangers = any(not upstream_key(upstream) for upstream in config.gateway.upstreams)
     keyring = Keyring(keys, any_key=config.engine.kind == "echo" or strangers)
-    explanations = Explanations(clock, size=config.server.explanations)
     app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body, explanations, books))
     settings = uvicorn.Config(
         app,
