@@ -194,7 +194,7 @@ def limited(serve: Serve) -> Iterator[str]:
 
 def test_both_sdks_see_a_rate_limit_as_their_providers(limited: str) -> None:
     say: Any = [{"role": "user", "content": "hello"}]
-    alice = {"api_key": "key-of-alice", "max_retries": 0}
+    alice: Any = {"api_key": "key-of-alice", "max_retries": 0}
     with openai.OpenAI(base_url=f"{limited}/v1", **alice) as client:
         answer = client.chat.completions.with_raw_response.create(model=MODEL, messages=say)
         assert answer.headers["x-ratelimit-limit-requests"] == "3"
