@@ -71,7 +71,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     caching = found["prompt_cache"]
     if caching is not None:
         yield f"    prompt  {_counts(caching)}, by the rules of {caching['profile']}"
-    if found["kv_reused_tokens"] is not None:
+    if found["kv_reused_tokens"] is not None and not found["upstreams"] and found["optimiser"] is None:
         yield f"    engine  {found['kv_reused_tokens']:,} prompt tokens were really taken from its cache"
     if caching is not None and caching["miss"] is not None:
         yield from _miss(caching["miss"])

@@ -1,0 +1,164 @@
+"""What the gateway adds in front of a provider: time to the first byte, straight and through it, taking turns. Prints JSON.
+
+A test upstream streams answers at the pace of a model; so many streams run at the same time, straight to it in one phase and
+through a gateway with one worker in the next, again and again. What is added is the difference of the two distributions'
+percentiles. Every request is another question, so that nothing is answered from memory. Client, gateway and upstream share
+the machine's processors: on few of them that costs the gateway more than it would on a machine of its own.
+
+    python benchmarks/gateway.py [--streams 50] [--rounds 3] [--seconds 10] [--dialect anthropic|openai] [--translated]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+ROOT = Path(__file__).parent.parent
+TOKENS = 40
+WORDS = " ".join(["word"] * TOKENS)
+PATHS = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=50, help="at the same time")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each phase")
+    parser.add_argument("--dialect", choices=sorted(PATHS), default="anthropic", help="the client's")
+    parser.add_argument("--translated", action="store_true", help="the upstream speaks the other dialect")
+    parser.add_argument("--optimiser", choices=("off", "advise", "on"), default="off")
+    parser.add_argument("--ledger", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--first", type=float, default=0.2, metavar="SECONDS", help="the upstream's time to the first token")
+    parser.add_argument("--rate", type=float, default=25.0, help="its tokens a second, of each stream")
+    args = parser.parse_args()
+    other = {"anthropic": "openai", "openai": "anthropic"}[args.dialect]
+    upstream_dialect = other if args.translated else args.dialect
+    with upstream(args) as address, gateway(args, address, upstream_dialect) as (url, process):
+        asyncio.run(phase(url, args, 2.0, "warm"))
+        times: dict[str, list[float]] = {"straight": [], "through": []}
+        cpu_s, num = 0.0, 0
+        for number in range(args.rounds):
+            for side in ("straight", "through") if number % 2 == 0 else ("through", "straight"):
+                before_s = used_s(process.pid)
+                found = asyncio.run(phase(address if side == "straight" else url, args, args.seconds, f"{side}{number}"))
+                times[side] += found
+                if side == "through":
+                    cpu_s += used_s(process.pid) - before_s
+                    num += len(found)
+                print(f"round {number + 1}: {side}: p50 {1000 * percentile(found, 50):.1f} ms", file=sys.stderr, flush=True)
+    report: dict[str, Any] = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip(),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "streams": args.streams,
+        "dialect": args.dialect,
+        "upstream": upstream_dialect,
+        "optimiser": args.optimiser,
+        "answers": {side: len(found) for side, found in times.items()},
+        "first_byte_ms": {
+            side: {f"p{p}": round(1000 * percentile(found, p), 2) for p in (50, 90, 99)} for side, found in times.items()
+        },
+        "added_ms": {
+            f"p{p}": round(1000 * (percentile(times["through"], p) - percentile(times["straight"], p)), 2) for p in (50, 90, 99)
+        },
+        "gateway_cpu_ms_per_answer": round(1000 * cpu_s / max(1, num), 2),
+        "events_per_answer": TOKENS,
+    }
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+@contextlib.contextmanager
+def upstream(args: argparse.Namespace) -> Iterator[str]:
+    rates = ["--base-latency", str(args.first), "--decode-tokens-per-s", str(args.rate)]
+    command = [sys.executable, "-m", "anaphora", "testing", "upstream", "--port", "0", *rates]
+    with listening(command, dict(os.environ)) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def gateway(args: argparse.Namespace, address: str, dialect: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "anaphora.toml"
+        config.write_text(
+            f'[gateway]\noptimiser = {{ mode = "{args.optimiser}" }}\n'
+            f"[ledger]\nenabled = {str(args.ledger).lower()}\n"
+            f'[[gateway.upstreams]]\nname = "provider"\ndialect = "{dialect}"\nbase_url = "{address}"\nkey_env = "BENCH_KEY"\n'
+        )
+        command = [sys.executable, "-m", "anaphora", "serve", "--config", str(config), "--port", "0", "--cache-dir", folder]
+        with listening(command, {**os.environ, "BENCH_KEY": "key"}) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def listening(command: list[str], environ: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environ)
+    assert process.stderr is not None
+    try:
+        line = ""
+        while "http://" not in line:
+            line = process.stderr.readline()
+            if not line:
+                raise SystemExit(f"{' '.join(command)} did not start")
+        yield "http://" + line.partition("http://")[2].split()[0], process
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+async def phase(url: str, args: argparse.Namespace, seconds: float, name: str) -> list[float]:
+    """Times to the first byte, of requests that began after all streams were there."""
+    times: list[float] = []
+    until_s = time.perf_counter() + seconds
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=args.streams)
+    model = "claude-opus-5" if args.dialect == "anthropic" else "gpt-5.6-sol"
+    headers = {"authorization": "Bearer key", "anthropic-version": "2023-06-01"}
+    async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=60.0, headers=headers) as client:
+
+        async def stream(number: int) -> None:
+            await asyncio.sleep(number * (args.first + TOKENS / args.rate) / args.streams)  # not all in step
+            asked = 0
+            while time.perf_counter() < until_s:
+                question = {"role": "user", "content": f"{name} {number} {asked} {WORDS}"}
+                body = {"model": model, "max_tokens": TOKENS, "stream": True, "messages": [question]}
+                started_s = time.perf_counter()
+                async with client.stream("POST", PATHS[args.dialect], json=body) as answer:
+                    answer.raise_for_status()
+                    first = True
+                    async for _ in answer.aiter_raw():
+                        if first:
+                            times.append(time.perf_counter() - started_s)
+                            first = False
+                asked += 1
+
+        await asyncio.gather(*map(stream, range(args.streams)))
+    return times
+
+
+def used_s(pid: int) -> float:
+    """Processor time of a process (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def percentile(values: list[float], p: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[p - 1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
