@@ -39,14 +39,14 @@ from anaphora.wire.upstream import (
 
 _DIALECT = "anthropic"
 
-_REASONS: dict[object, FinishReason] = {
+_REASONS: dict[str, FinishReason] = {
     "end_turn": "end_turn",
     "max_tokens": "max_tokens",
     "stop_sequence": "stop_sequence",
     "tool_use": "tool_use",
     "refusal": "refusal",
 }
-_NEAREST: dict[object, FinishReason] = {"model_context_window_exceeded": "max_tokens"}
+_NEAREST: dict[str, FinishReason] = {"model_context_window_exceeded": "max_tokens"}
 
 _BLOCK_FIELDS = {
     "text": frozenset({"type", "text"}),
@@ -87,7 +87,7 @@ class _Answer:
     def finish(self, fields: Json) -> Finish:
         if says_more(fields, _DELTA_FIELDS):
             self.faithful = False
-        word = fields.get("stop_reason")
+        word = text_of(fields.get("stop_reason"))
         reason = _REASONS.get(word)
         if reason is None:
             self.faithful = False

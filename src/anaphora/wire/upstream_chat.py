@@ -67,7 +67,7 @@ class UpstreamChat:
         body |= request.extra if own else own_words(request.extra, summaries=False)
         if request.stream:
             body["stream"] = True
-            ask_usage(body, request.native.body if own and request.native is not None else None)
+            ask_usage(body, own_body(request, self.name))
         return body
 
     def _limits(self, request: Request, *, extensions: bool) -> Json:
@@ -92,7 +92,7 @@ class UpstreamChat:
     def passed(self, native: bytes, *, model: str) -> Json:
         body = renamed(native, model)
         if body.get("stream") is True:
-            ask_usage(body, native)
+            ask_usage(body, body)
         return body
 
     def reader(self, body: Json) -> Reader:
@@ -105,11 +105,16 @@ class UpstreamChat:
         return read_error(status, data)
 
 
-def ask_usage(body: Body, native: bytes | None) -> None:
-    """Ask for usage at the end of a stream. A client that spoke this dialect itself (`native`) sees it if it asked, too."""
-    options = object_of((body if native is None else json_object(native)).get("stream_options"))
-    body.hide_usage = native is not None and options.get("include_usage") is not True
+def ask_usage(body: Body, own: Json | None) -> None:
+    """Ask for usage at the end of a stream. A client that spoke this dialect itself, in the body `own`, sees it if it asked."""
+    options = object_of(own.get("stream_options")) if own is not None else {}
+    body.hide_usage = own is not None and options.get("include_usage") is not True
     body["stream_options"] = {**options, "include_usage": True}
+
+
+def own_body(request: Request, dialect: str) -> Json | None:
+    native = request.native
+    return json_object(native.body) if native is not None and native.dialect == dialect else None
 
 
 class _Messages:

@@ -23,7 +23,7 @@ from anaphora.wire.upstream import (
 from anaphora.wire.upstream_choice import ChoiceOrder
 from anaphora.wire.upstream_openai import error_in, read_logprobs, read_usage
 
-_REASONS: dict[object, FinishReason] = {
+_REASONS: dict[str, FinishReason] = {
     "stop": "end_turn",
     "length": "max_tokens",
     "tool_calls": "tool_use",
@@ -59,7 +59,7 @@ class ChatChoice:
             return
         yield from self._message(message, object_of(choice.get("logprobs")))
         if (reason := choice.get("finish_reason")) is not None:
-            yield from self._finish(reason, choice)
+            yield from self._finish(text_of(reason), choice)
 
     def _message(self, message: Json, logprobs: Json) -> Iterator[Said]:
         if says_more(message, _MESSAGE_FIELDS) or logprobs.get("refusal"):
@@ -106,7 +106,7 @@ class ChatChoice:
         self._keys[place] = (number, known_id or call_id)
         yield from self._order.call((place, number), text_of(function.get("arguments")), call_id=call_id, name=name)
 
-    def _finish(self, word: object, choice: Json) -> Iterator[Said]:
+    def _finish(self, word: str, choice: Json) -> Iterator[Said]:
         if word in _BROKEN:
             raise UpstreamFailed(f"The upstream gave its answer up: {word}.", 502, code="upstream_error", elsewhere=True)
         yield from self._order.finish()

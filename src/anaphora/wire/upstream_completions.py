@@ -12,13 +12,12 @@ from anaphora.wire.upstream import (
     UpstreamError,
     before_answer,
     cannot_say,
-    is_own,
     object_of,
     objects_of,
     renamed,
     text_of,
 )
-from anaphora.wire.upstream_chat import ask_usage
+from anaphora.wire.upstream_chat import ask_usage, own_body
 from anaphora.wire.upstream_chat_answer import ChatChoice, ChatReader, check_choices, whole_answer
 from anaphora.wire.upstream_openai import read_error, read_usage, sampling_fields
 
@@ -33,7 +32,6 @@ class UpstreamCompletions:
     path = "/v1/completions"
 
     def write(self, request: Request, *, model: str) -> Json:
-        own = is_own(request, self.name)
         if not request.prompts:
             raise cannot_say("messages", "this upstream takes raw prompts, no messages")
         prompts = [list(prompt) if isinstance(prompt, tuple) else prompt for prompt in request.prompts]
@@ -52,13 +50,13 @@ class UpstreamCompletions:
         body |= request.extra
         if request.stream:
             body["stream"] = True
-            ask_usage(body, request.native.body if own and request.native is not None else None)
+            ask_usage(body, own_body(request, self.name))
         return body
 
     def passed(self, native: bytes, *, model: str) -> Json:
         body = renamed(native, model)
         if body.get("stream") is True:
-            ask_usage(body, native)
+            ask_usage(body, body)
         return body
 
     def reader(self, body: Json) -> Reader:

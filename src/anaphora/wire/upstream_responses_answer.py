@@ -40,7 +40,7 @@ from anaphora.wire.upstream_openai import error_in, read_logprobs, read_usage
 
 _DIALECT = "openai_responses"
 
-_INCOMPLETE: dict[object, FinishReason] = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
+_INCOMPLETE: dict[str, FinishReason] = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
 _ITEM_FIELDS = {
     "message": frozenset({"type", "id", "status", "role", "content"}),
     "function_call": frozenset({"type", "id", "status", "call_id", "name", "arguments", "caller"}),
@@ -104,7 +104,7 @@ class _Output:
             self._faithful = False  # deltas would make one of the two
         self._last = kind
 
-    def item(self, item: Json, key: object, said: frozenset[str]) -> Iterator[Said]:
+    def item(self, item: Json, key: str, said: frozenset[str]) -> Iterator[Said]:
         """A whole item; of what is in `said` its deltas were there already."""
         kind = text_of(item.get("type"))
         if kind not in _ITEM_FIELDS or says_more(item, _ITEM_FIELDS[kind]):
@@ -119,8 +119,8 @@ class _Output:
                 self._faithful = False
             arguments = "" if "arguments" in said else text_of(item.get("arguments"))
             call_id, name = text_of(item.get("call_id")), text_of(item.get("name"))
-            yield from self.order.call(str(key), arguments, call_id=call_id, name=name)
-            yield from self.order.close(str(key))
+            yield from self.order.call(key, arguments, call_id=call_id, name=name)
+            yield from self.order.close(key)
 
     def _message(self, item: Json, said: frozenset[str]) -> Iterator[Said]:
         for part in objects_of(item.get("content")):
@@ -153,7 +153,7 @@ class _Output:
         yield from self.order.finish()
         reason: FinishReason = "tool_use" if self.order.num_calls else "end_turn"
         if response.get("status") == "incomplete":
-            word = object_of(response.get("incomplete_details")).get("reason")
+            word = text_of(object_of(response.get("incomplete_details")).get("reason"))
             if word not in _INCOMPLETE:
                 self._faithful = False
             reason = _INCOMPLETE.get(word, reason)
@@ -169,7 +169,7 @@ class ResponseReader(EventReader):
         super().__init__()
         self._output = _Output()
         self._begun = False
-        self._said: dict[object, set[str]] = {}  # of which item deltas were there, by its place
+        self._said: dict[str, set[str]] = {}  # of which item deltas were there, by its place
         self._any_done = False  # an item's end was told
         self._summary: object = None  # place of the summary's part that is being written
 
@@ -188,7 +188,7 @@ class ResponseReader(EventReader):
                 raise malformed(f"{kind!r} at its beginning")
             self._begun = True
             yield Begin(text_of(response.get("model")), Usage())
-        place = fields.get("output_index")
+        place = str(fields.get("output_index"))
         if kind in ("response.completed", "response.incomplete"):
             yield from self._end(response)
         elif kind == "response.output_item.added":
@@ -202,16 +202,16 @@ class ResponseReader(EventReader):
         elif kind != "response.created" and kind not in _SILENT:
             self._output.unfaithful()
 
-    def _added(self, item: Json, place: object) -> Iterator[Said]:
+    def _added(self, item: Json, place: str) -> Iterator[Said]:
         if item.get("type") == "function_call":
             call_id, name = text_of(item.get("call_id")), text_of(item.get("name"))
-            yield from self._output.order.call(str(place), call_id=call_id, name=name)
+            yield from self._output.order.call(place, call_id=call_id, name=name)
 
-    def _delta(self, kind: str, fields: Json, place: object) -> Iterator[Said]:
+    def _delta(self, kind: str, fields: Json, place: str) -> Iterator[Said]:
         said = self._said.setdefault(place, set())
         text = text_of(fields.get("delta"))
         if kind == "arguments":
-            yield from self._output.order.call(str(place), text)
+            yield from self._output.order.call(place, text)
         elif kind == "text":
             yield from self._output.text(text, fields.get("logprobs"))
         elif kind == "refusal":
@@ -228,7 +228,7 @@ class ResponseReader(EventReader):
     def _end(self, response: Json) -> Iterator[Said]:
         if not self._said and not self._any_done:  # this server streams nothing but the whole
             for place, item in enumerate(objects_of(response.get("output"))):
-                yield from self._output.item(item, place, frozenset())
+                yield from self._output.item(item, str(place), frozenset())
         yield from self._output.finish(response)
         yield End(read_usage(response.get("usage")), faithful=self._output.faithful)
         self.ended = True
@@ -252,7 +252,7 @@ def read_response(data: bytes) -> list[Delta]:
     output = _Output()
     said: list[Said] = []
     for place, item in enumerate(objects_of(response.get("output"))):
-        said += output.item(item, place, frozenset())
+        said += output.item(item, str(place), frozenset())
     said += output.finish(response)
     usage = read_usage(response.get("usage"))
     begin = Begin(text_of(response.get("model")), before_answer(usage))
