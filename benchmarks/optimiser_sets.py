@@ -131,7 +131,7 @@ def _miniswe(data: Path) -> list[Sent]:
 
 
 def _claude_code(data: Path, num_sessions: int) -> Iterator[list[Sent]]:
-    """Blocks have no text, but lengths, and names that are equal for equal prefixes; each turn's kinds of blocks are recorded."""
+    """Blocks have no text, but lengths, and names that are equal for equal prefixes; the kinds of blocks are recorded."""
     for number, (name, file) in enumerate(_members(data / "kv-cache-tester" / "claude_code_traces_mod8_1.tar.gz")):
         if number == num_sessions:
             return
@@ -200,7 +200,7 @@ _TURN = re.compile(r"^(user|assistant|tool): ", re.MULTILINE)
 
 
 def _tau(data: Path, wiki: str) -> list[Sent]:
-    """Times are assumed: a dialogue begins every two minutes, tools answer in 3 s, people in 40 s in the median, some much later."""
+    """Times are assumed: a dialogue begins every two minutes, tools answer in 3 s, people in 40 s in the median."""
     chance = random.Random(7)
     found: list[Sent] = []
     with gzip.open(data / "tau-bench" / "MockRetailDomainEnv-few_shot.jsonl.gz", "rt") as lines:

@@ -1,8 +1,8 @@
 """Of many requests at once with one cold prefix, the first goes ahead and the others wait for its first token (R22).
 
-An entry can be read only once the answer of the request that writes it has begun. Sent all at once, each of N requests pays for
-the whole prefix; sent one ahead, N - 1 of them read it. What one of them waits for is decided purely (`Cold`); the waiting itself
-is bounded, and whoever goes ahead and fails is followed by the next.
+An entry can be read only once the answer of the request that writes it has begun. Sent all at once, each of N requests pays
+for the whole prefix; sent one ahead, N - 1 of them read it. What one of them waits for is decided purely (`Cold`); the waiting
+itself is bounded, and whoever goes ahead and fails is followed by the next.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from anaphora.types import Scope, Tenant
 OFFSETS = 4
 """How many of a request's last blocks are watched: some clients move or rewrite their last one with every turn."""
 ANSWER_S = 2.0
-"""From a request to its first token, when what it wrote can be read (R22). Nothing is counted on sooner, or this near its end."""
+"""From a request to its first token: by then others can read what it wrote (R22). So long before its end it is given up."""
 _STRENGTH = 2.0
 _MAX_STANDING = 16
 """Of one prompt: the first and the latest."""
@@ -279,9 +279,10 @@ class History:
         read = next((i for i in planned.lookups if i in readable), -1)
         written = {point.block: point.ttl for point in planned.writes}
         for i in {read, *(i for i in written if i <= read)} - {-1}:
-            ttl = entries[names[i]].ttl if i in readable else written[i]
-            since_s = entries[names[i]].readable_s if i in readable else now_s + ANSWER_S
-            _kept(entries, names[i], Entry(ttl, since_s, now_s + TTL_S[ttl]), self._max_kinds)
+            held = entries.get(names[i]) if i in readable else Entry(written[i], now_s + ANSWER_S, 0.0)
+            if held is not None:
+                refreshed = Entry(held.ttl, held.readable_s, now_s + TTL_S[held.ttl])
+                _kept(entries, names[i], refreshed, self._max_kinds)
         for i, ttl in written.items():
             if i > read:
                 entry, before = Entry(ttl, now_s + ANSWER_S, now_s + TTL_S[ttl]), entries.get(names[i])

@@ -83,14 +83,11 @@ def choose(
     already. `may_be_long`: how many of the candidates may have the longer lifetime, given the client's own marks.
     `must_be_long`: those up to this block are written for the longer lifetime already."""
     best = Choice()
-    short_gain = 0.0
+    total, before = 0.0, read
     shorts: list[float] = []
-    before = read
     for one in candidates:
-        length = one.end - before
-        cost = 0.0 if one.paid else rates.write - 1.0
-        short_gain += length * (one.soon * (1.0 - rates.read) - cost)
-        shorts.append(short_gain)
+        total += (one.end - before) * _short_value(one, rates)
+        shorts.append(total)
         before = one.end
     for index, gain in enumerate(shorts):
         if gain > best.gain or (candidates[index].paid and gain >= best.gain):
@@ -99,16 +96,35 @@ def choose(
         return best
     extra, before = 0.0, read
     for index, one in enumerate(candidates[:may_be_long]):
-        length, pause = one.end - before, one.later - one.soon
-        lives = min(_MAX_LIVES, 1.0 / max(1e-9, 1.0 - one.later)) if one.stands else 1.0
-        premium = 0.0 if one.block <= must_be_long else rates.write_long - rates.write
-        # What it costs to be asked for when it is gone: a write, if one would pay.
-        lost = (rates.write if one.soon >= rates.least else 1.0) - rates.read
-        extra += length * (pause * lives * lost - premium)
+        value = _long_value(one, rates, paid=one.block <= must_be_long)
+        extra += (one.end - before) * (value - _short_value(one, rates))
         before = one.end
-        protects = pause * lost * max(0, read - safe)
+        protects = (one.later - one.soon) * _lost(one, rates) * max(0, read - safe)
         for last in range(index, len(candidates)):
             gain = shorts[last] + extra + protects
             if extra + protects > 0.0 and gain > best.gain:
                 best = Choice(last, index, gain, extra + protects)
     return best
+
+
+def _short_value(one: Candidate, rates: Rates) -> float:
+    """Of writing a token for the shorter lifetime."""
+    return one.soon * (1.0 - rates.read) - (0.0 if one.paid else rates.write - 1.0)
+
+
+def _long_value(one: Candidate, rates: Rates, *, paid: bool) -> float:
+    """Of writing a token for the longer lifetime. `paid`: the client has, already."""
+    lives = min(_MAX_LIVES, 1.0 / max(1e-9, 1.0 - one.later)) if one.stands else 1.0
+    price = 0.0 if paid else rates.write_long - 1.0
+    if one.soon >= rates.least or one.paid:
+        pauses = (one.later - one.soon) * lives
+        return one.soon * (1.0 - rates.read) + pauses * _lost(one, rates) - max(0.0, price - (rates.write - 1.0) * one.paid)
+    return one.later * lives * ((1.0 - rates.read) if one.stands else _lost(one, rates)) - price
+
+
+def _lost(one: Candidate, rates: Rates) -> float:
+    """What it costs more, per token, to be asked for when the entry is gone: whatever would be done then."""
+    if one.soon >= rates.least:
+        return rates.write - rates.read
+    written = one.later * (rates.write_long - rates.read) > rates.write_long - 1.0
+    return (rates.write_long if written else 1.0) - rates.read

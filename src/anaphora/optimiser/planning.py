@@ -74,11 +74,11 @@ class _Planning:
             self._say("too-short", f"The whole prompt has {self.lengths.total} of the {self.profile.minimum} tokens it needs.")
             return
         rates = rates_of(self.profile)
-        own, top = self._own()
+        own, num_own = self._own()
         implicit = self._implicit()
         read = known.alive[-1] if known.alive else -1
         safe = max((i for i in known.alive if rates.long and self.history.entry(known.names[i]).ttl == rates.long), default=-1)
-        candidates = self._candidates(rates, read, own, top, implicit)
+        candidates = self._candidates(rates, read, own, implicit)
         shorts = [i for i, ttl in own.items() if ttl == rates.short]
         longs = max((i for i, ttl in own.items() if ttl == rates.long), default=-1)
         may_be_long = sum(not self.anthropic or not shorts or c.block < min(shorts) for c in candidates)
@@ -105,18 +105,18 @@ class _Planning:
             self._say(
                 "explicit", "Nothing is written but what is marked: the end of this prompt will not be asked for.", "", tokens
             )
-        self._mark(last, long, own, rates, read=read, explicit=explicit, implicit=implicit, gain=choice)
+        self._mark(last, long, own, rates, num_own=num_own, read=read, explicit=explicit, implicit=implicit, gain=choice)
 
     def _own(self) -> tuple[dict[int, TTL], int]:
-        """The client's breakpoints, and the last block that they have written whatever we do."""
-        own = {i: block.mark for i, block in enumerate(self.prompt.blocks) if block.mark is not None}
-        automatic = next((p for p in reversed(self._plain_writes()) if p.block not in own), None)
-        if self.prompt.automatic is not None and automatic is not None:
-            own[automatic.block] = automatic.ttl
-        return own, max(own, default=-1)
-
-    def _plain_writes(self) -> Sequence[breakpoints.Breakpoint]:
-        return breakpoints.plan(self.prompt, self.lengths, self.profile).writes if self.prompt.automatic is not None else ()
+        """The client's breakpoints, the automatic one included (R17, R19), and how many of the allowed ones they take."""
+        blocks, automatic = self.prompt.blocks, self.prompt.automatic
+        own = {i: block.mark for i, block in enumerate(blocks) if block.mark is not None}
+        num = len(own) + (automatic is not None)
+        if automatic is not None:
+            last = next((i for i in reversed(range(len(blocks))) if self._markable(i)), None)
+            if last is not None:
+                own.setdefault(last, automatic)
+        return own, num
 
     def _implicit(self) -> int | None:
         """OpenAI: where the provider marks by itself; None: nowhere."""
@@ -125,11 +125,11 @@ class _Planning:
         found, _ = breakpoints.message_ends(self.prompt)
         return found[-1] if found else None
 
-    def _candidates(self, rates: Rates, read: int, own: dict[int, TTL], top: int, implicit: int | None) -> list[Candidate]:
+    def _candidates(self, rates: Rates, read: int, own: dict[int, TTL], implicit: int | None) -> list[Candidate]:
         """Boundaries beyond what is read where a request may go another way: at most some tens, in order."""
         blocks, ends, known = self.prompt.blocks, self.lengths.ends, self.known
         hazards = self.history.hazards(self.prompt, known)
-        new = known.common + 1
+        new, top = known.common + 1, max(own, default=-1)
         varies = new < len(blocks) and self.history.varies(known)
         places = {
             *known.standing,
@@ -150,9 +150,8 @@ class _Planning:
                 hazards[i] = (0.0,) * len(hazards[i])
             found.append(candidate(i, ends[i], hazards[i], rates, stands=i in known.standing, paid=i <= top))
         if varies:
-            self._say(
-                "varying", "Every request has something else here: nothing from here on is worth keeping.", blocks[new].path
-            )
+            text = "Every request has something else here: nothing from here on is worth keeping."
+            self._say("varying", text, blocks[new].path)
         return found
 
     def _markable(self, index: int) -> bool:
@@ -173,6 +172,7 @@ class _Planning:
         own: dict[int, TTL],
         rates: Rates,
         *,
+        num_own: int,
         read: int,
         explicit: bool,
         implicit: int | None,
@@ -180,9 +180,9 @@ class _Planning:
     ) -> None:
         """Takes breakpoints in the order of their worth, as many as there are."""
         blocks = self.prompt.blocks
-        slots = self.profile.max_marks - len(own)
+        slots = self.profile.max_marks - num_own
         if not self.anthropic:
-            slots = self.profile.max_marks - (implicit is not None and not explicit) - len(own)
+            slots = self.profile.max_marks - (implicit is not None and not explicit) - num_own
         shorts = [i for i, ttl in own.items() if ttl == rates.short]
         least_short = min(shorts, default=len(blocks)) if self.anthropic else len(blocks)
 

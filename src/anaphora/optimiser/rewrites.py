@@ -46,10 +46,7 @@ def sort_tools(body: Body) -> tuple[Body, list[Change]]:
     ordered = sorted(tools, key=_name)
     if [_name(tool) for tool in ordered] == [_name(tool) for tool in tools]:
         return body, []
-    placed = []
-    for tool, before in zip(ordered, tools, strict=True):
-        bare = {key: value for key, value in tool.items() if key != _MARK}
-        placed.append({**bare, _MARK: before[_MARK]} if _MARK in before else bare)
+    placed = [_with_mark_of(before, tool) for tool, before in zip(ordered, tools, strict=True)]
     return {**body, "tools": placed}, [Change("tools-sorted", "tools", ", ".join(map(_name, ordered)))]
 
 
@@ -69,7 +66,7 @@ def sort_schema_keys(body: Body) -> tuple[Body, list[Change]]:
 
 
 def move_volatile_lines(body: Body, volatile: Callable[[str], bool] = looks_volatile) -> tuple[Body, list[Change]]:
-    """Lines of the system prompt that change with every request go behind the last message. A block never loses all its lines."""
+    """Lines of the system prompt that change with every request go behind the last message. No block loses all its lines."""
     turns = body.get("input") if "input" in body else body.get("messages")
     anthropic = "system" in body  # only Anthropic's bodies keep the system prompt beside the messages
     if not isinstance(turns, list) or not turns or (anthropic and not _ends_with_user(turns)):
@@ -110,10 +107,9 @@ def _append(body: Body, text: str) -> list[Change]:
 
 def _system_texts(body: Body) -> list[tuple[Any, str, str]]:
     """Where the texts of the system prompt stand: holder, key and path."""
-    found: list[tuple[Any, str, str]] = []
-    for key in ("system", "instructions"):
-        if isinstance(body.get(key), str):
-            found.append((body, key, key))
+    found: list[tuple[Any, str, str]] = [
+        (body, key, key) for key in ("system", "instructions") if isinstance(body.get(key), str)
+    ]
     parts = [("system", body.get("system"))]
     turns = body.get("input") if isinstance(body.get("input"), list) else body.get("messages")
     for index, turn in enumerate(turns or []):
@@ -123,9 +119,9 @@ def _system_texts(body: Body) -> list[tuple[Any, str, str]]:
             found.append((turn, "content", f"{index}.content"))
         parts.append((f"{index}.content", turn.get("content")))
     for path, content in parts:
-        for number, part in enumerate(content if isinstance(content, list) else []):
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                found.append((part, "text", f"{path}.{number}"))
+        blocks = content if isinstance(content, list) else []
+        texts = (isinstance(part, dict) and isinstance(part.get("text"), str) for part in blocks)
+        found += [(part, "text", f"{path}.{i}") for i, (part, is_text) in enumerate(zip(blocks, texts, strict=True)) if is_text]
     return found
 
 
@@ -154,6 +150,11 @@ def _schema_sorted(tool: Any) -> Any:
     if isinstance(out.get("function"), dict):
         out["function"] = _schema_sorted(out["function"])
     return out
+
+
+def _with_mark_of(before: Body, tool: Body) -> Body:
+    bare = {key: value for key, value in tool.items() if key != _MARK}
+    return {**bare, _MARK: before[_MARK]} if _MARK in before else bare
 
 
 def _keys_sorted(value: Any) -> Any:

@@ -1,0 +1,119 @@
+"""The official SDKs send what the optimiser made of their requests, and the emulator charges what the books foretell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from tests.optimiser.traffic import ON, Json, body, says, text, user
+
+from anaphora.clock import ManualClock
+from anaphora.optimiser import History, apply, plan
+from anaphora.profiles import Profile, find
+from anaphora.promises import Books
+from anaphora.prompt import Lengths, Prompt
+from anaphora.testing.plugin import Emulator
+from anaphora.types import LOCAL_TENANT
+from anaphora.wire.anthropic_prompt import read_prompt
+from anaphora.wire.openai_prompt import read_chat, read_responses
+
+READERS = {"messages": read_prompt, "chat": read_chat, "responses": read_responses}
+
+
+def words(count: int, word: str) -> str:
+    """A text of exactly so many tokens of the emulator."""
+    return " ".join([word] * count)
+
+
+class Wire:
+    """One client of the emulator, with the optimiser in between and books beside it."""
+
+    def __init__(self, emulator: Emulator, api: str, profile: Profile) -> None:
+        self.emulator, self.api, self.profile = emulator, api, profile
+        key = emulator.new_key()
+        self.anthropic = anthropic.Anthropic(base_url=emulator.anthropic_base_url, api_key=key, max_retries=0)
+        self.openai = openai.OpenAI(base_url=emulator.openai_base_url, api_key=key, max_retries=0)
+        self.history, self.books, self.now_s = History(), Books(ManualClock()), 0.0
+
+    def lengths(self, prompt: Prompt) -> Lengths:
+        """A block has as many tokens as words; its text is all it has."""
+        ends, total = [], 0
+        for block in prompt.blocks:
+            total += len(block.content.decode().partition('"text":"')[2].rpartition('"')[0].split('"')[0].split())
+            ends.append(total)
+        return Lengths(tuple(ends), total)
+
+    def ask(self, request: Json, after_s: float) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Tokens read and written: by the emulator, and by our books."""
+        self.emulator.advance(after_s)
+        self.now_s += after_s
+        prompt = READERS[self.api](request)
+        lengths = self.lengths(prompt)
+        known = self.history.know(prompt, self.profile, self.now_s)
+        found = plan(prompt, lengths, self.profile, self.history, self.now_s, ON, known)
+        self.history.learn(prompt, lengths, self.profile, known, self.now_s, found)
+        sent = apply(request, found)
+        charge = self.books.charge(LOCAL_TENANT, READERS[self.api](sent), self.profile, lengths, self.now_s)
+        self.books.visible(charge, self.now_s)
+        return self._send(sent), (charge.usage.read, sum(charge.usage.written.values()))
+
+    def _send(self, sent: Any) -> tuple[int, int]:
+        if self.api == "messages":
+            usage = self.anthropic.messages.create(**sent).usage
+            return usage.cache_read_input_tokens or 0, usage.cache_creation_input_tokens or 0
+        if self.api == "chat":
+            details = self.openai.chat.completions.create(**sent).usage.prompt_tokens_details
+            return details.cached_tokens or 0, details.cache_write_tokens or 0
+        more = self.openai.responses.create(**sent).usage.input_tokens_details
+        return more.cached_tokens, more.cache_write_tokens
+
+
+SYSTEM = words(1500, "rule")
+
+
+def conversation(api: str, number: int, turns: int, *, question: str = "") -> Json:
+    said: list[Json] = [user(text(words(300, f"ask{number}")))]
+    for turn in range(turns):
+        said += [says(text(words(40, f"say{number}x{turn}"))), user(text(words(60, question or f"more{number}x{turn}")))]
+    if api == "messages":
+        return body(*said, system=SYSTEM)
+    for one in said:
+        one["content"] = one["content"][0]["text"]
+    if api == "chat":
+        return {"model": "gpt-5.6-sol", "messages": [{"role": "system", "content": SYSTEM}, *said], "max_completion_tokens": 4}
+    return {"model": "gpt-5.6-sol", "input": [{"role": "developer", "content": SYSTEM}, *said], "max_output_tokens": 16}
+
+
+@pytest.mark.parametrize("api", ["messages", "chat", "responses"])
+def test_a_conversation_is_charged_as_foretold_and_reads_what_it_wrote(anaphora_emulator: Emulator, api: str) -> None:
+    profile = find("claude-opus-5", "anthropic") if api == "messages" else find("gpt-5.6-sol", "openai")
+    wire = Wire(anaphora_emulator, api, profile)
+    read = []
+    for turn in range(4):
+        charged, foretold = wire.ask(conversation(api, 1, turn), after_s=30.0)
+        assert charged == foretold
+        read.append(charged[0])
+    assert read[-1] == 1500 + 300 + 2 * 100
+
+
+@pytest.mark.parametrize("api", ["messages", "chat", "responses"])
+def test_one_shot_questions_only_ever_pay_for_the_system_prompt_once(anaphora_emulator: Emulator, api: str) -> None:
+    profile = find("claude-opus-5", "anthropic") if api == "messages" else find("gpt-5.6-sol", "openai")
+    wire = Wire(anaphora_emulator, api, profile)
+    for number in range(12):
+        charged, foretold = wire.ask(conversation(api, number, 0), after_s=60.0)
+        assert charged == foretold
+    assert charged == (1500, 0)
+
+
+def test_a_wide_turn_reads_what_the_turn_before_wrote(anaphora_emulator: Emulator) -> None:
+    wire = Wire(anaphora_emulator, "messages", find("claude-opus-5", "anthropic"))
+    first = conversation("messages", 1, 1)
+    wire.ask(first, after_s=10.0)
+    wide = user(*(text(words(20, f"part{number}")) for number in range(40)))
+    messages = [*first["messages"], says("so"), wide]
+    charged, foretold = wire.ask({**first, "messages": messages}, after_s=10.0)
+    assert charged == foretold
+    assert charged[0] == 1500 + 300 + 40 + 60
