@@ -37,7 +37,8 @@ CORNERS = {
     "sqlite3": ("anaphora.tiers.*", "anaphora.store", "anaphora.ledger.book"),
     "opentelemetry": ("anaphora.ledger.telemetry",),
     "pyarrow": ("anaphora.ledger.export",),
-    "httpx2": ("anaphora.backends.*", "anaphora.cli.*"),
+    "httpx2": ("anaphora.cli.*",),
+    "aiohttp": ("anaphora.backends.http",),
     "rich": ("anaphora.cli.*",),
     "argparse": ("anaphora.cli", "anaphora.cli.*"),
     "pytest": ("anaphora.testing.*",),
@@ -64,13 +65,13 @@ def test_a_heavy_package_is_imported_in_its_own_corner_only(graph: grimp.ImportG
 def test_a_bare_import_is_light() -> None:
     """Measured in a fresh interpreter; the limit on time is generous, the list of modules is what keeps it true."""
     loaded = _modules_after("import anaphora")
-    heavy = {"torch", "transformers", "starlette", "uvicorn", "httpx2", "rich", "prometheus_client", "redis", "msgspec"}
+    heavy = {"torch", "transformers", "starlette", "uvicorn", "httpx2", "aiohttp", "rich", "prometheus_client", "redis", "msgspec"}
     assert loaded & heavy == set()
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
     loaded = _modules_after("import anaphora.cli; anaphora.cli.build_parser()")
-    assert loaded & {"torch", "transformers", "starlette", "uvicorn", "httpx2", "rich", "asyncio"} == set()
+    assert loaded & {"torch", "transformers", "starlette", "uvicorn", "httpx2", "aiohttp", "rich", "asyncio"} == set()
 
 
 def test_the_package_exports_its_version_and_nothing_by_accident() -> None:

@@ -9,18 +9,16 @@ event by event (`types.Raw`) beside what it means. Any other request is written 
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from fnmatch import fnmatchcase
-from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
+from typing import Any, NamedTuple
 
-import httpx2
 import msgspec
 
 from anaphora import __version__
 from anaphora.backends.base import Foreign, Forwarded
+from anaphora.backends.http import Http, Reply, Unreachable
 from anaphora.backends.optimising import OptimiserOptions, Optimising
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
@@ -37,7 +35,6 @@ PASSED_ON = ("anthropic-ratelimit-", "x-ratelimit-", "openai-", "anthropic-organ
 
 _NO_TOKEN, _NO_MORE, _NOT_OVER = "no first token came", "nothing more came", "the answer was not over"
 
-_IDLE_CONNECTIONS = 100
 _MAX_ERROR_BODY = 1 << 20
 
 
@@ -82,7 +79,8 @@ class Upstream:
         self._optimising = optimising
         self._clock = clock or SystemClock()
         self._base = options.base_url.rstrip("/").removesuffix("/v1")
-        self._client: httpx2.AsyncClient | None = None
+        headers = {"user-agent": f"anaphora/{__version__}", "accept": "*/*", "accept-encoding": "identity", **options.headers}
+        self._http = Http(connect_s=options.connect_s, ca_file=options.ca_file, headers=headers)
         self._slots = asyncio.Semaphore(options.max_concurrency) if options.max_concurrency else None
         self.num_running = 0
         self._num_requests = 0
@@ -101,21 +99,13 @@ class Upstream:
     # -- Backend -------------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        options = self.options
         try:
-            verify = ssl.create_default_context(cafile=options.ca_file) if options.ca_file else True
-        except OSError as error:
-            raise ConfigError(f"gateway.upstreams: {self.name}: ca_file cannot be used: {error}") from error
-        self._client = httpx2.AsyncClient(
-            verify=verify,
-            timeout=httpx2.Timeout(None, connect=options.connect_s),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=30.0),
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # what one client is given is not for the next
-            headers={"user-agent": f"anaphora/{__version__}", "accept-encoding": "identity", **options.headers},
-        )
+            await self._http.start()
+        except ConfigError as error:
+            raise ConfigError(f"gateway.upstreams: {self.name}: {error}") from error
 
     def ready(self) -> bool:
-        return self._client is not None
+        return self._http.started
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """Those that the configuration names; a pattern names none."""
@@ -157,16 +147,17 @@ class Upstream:
         self.num_running += 1
         self._num_requests += 1
         try:
-            response = await self._begun(sent, dialect, body)
+            reply = await self._begun(sent, dialect, body)
             try:
-                async with aclosing(self._answer(response, dialect, body, started_s)) as deltas:
+                async with aclosing(self._answer(reply, dialect, body, started_s)) as deltas:
                     async for delta in deltas:
                         if isinstance(delta, End):
                             delta = msgspec.structs.replace(delta, compute_s=self._clock.monotonic_s() - started_s)
                         yield delta
+                await reply.finish()
             finally:
-                await response.aclose()
-        except httpx2.HTTPError as error:
+                reply.close()
+        except Unreachable as error:
             self._num_failed += 1
             raise self._unreachable(error, body) from error
         except ServiceError:
@@ -192,14 +183,14 @@ class Upstream:
         sent = self._request(request, f"{dialect.path}/count_tokens", encode(body))
         try:
             async with asyncio.timeout(self.options.first_s):
-                response = await self._head(sent, dialect, body)
+                reply = await self._head(sent, dialect, body)
                 try:
-                    data = await response.aread()
+                    data = await reply.read()
                 finally:
-                    await response.aclose()
+                    reply.close()
         except TimeoutError as error:
             raise self._late("it did not count", self.options.first_s) from error
-        except httpx2.HTTPError as error:
+        except Unreachable as error:
             raise self._unreachable(error, body) from error
         try:
             return msgspec.json.decode(data, type=_Counted).input_tokens
@@ -213,30 +204,27 @@ class Upstream:
 
     async def forward(self, asked: Foreign) -> Forwarded:
         """Raises UpstreamFailed where it cannot be reached."""
-        if self._client is None:
-            raise UpstreamFailed(f"The upstream {self.name} is not started.", 503, elsewhere=True)
         native = asked.native
         key = self._key_header() or ((native.credential,) if native.credential is not None else ())
         headers = dict((*native.headers, *key))
-        sent = self._client.build_request(asked.method, self._base + asked.path, content=native.body, headers=headers)
+        sent = _Sent(asked.method, self._base + asked.path, native.body, headers)
         try:
             async with asyncio.timeout(self.options.first_s):
-                response = await self._client.send(sent, stream=True)
+                reply = await self._http.send(*sent)
         except TimeoutError as error:
-            raise self._late("it did not count", self.options.first_s) from error
-        except httpx2.HTTPError as error:
+            raise self._late("no answer came", self.options.first_s) from error
+        except Unreachable as error:
             raise self._unreachable(error, {"store": True}) from error
-        passed = [(name, value) for name, value in response.headers.items() if name not in _OF_THE_CONNECTION]
-        return Forwarded(response.status_code, (*passed, ("x-anaphora-upstream", self.name)), self._chunks(response))
+        passed = [(name, value) for name, value in reply.headers.items() if name not in _OF_THE_CONNECTION]
+        return Forwarded(reply.status, (*passed, ("x-anaphora-upstream", self.name)), self._chunks(reply))
 
-    async def _chunks(self, response: httpx2.Response) -> AsyncGenerator[bytes, None]:
+    async def _chunks(self, reply: Reply) -> AsyncGenerator[bytes, None]:
         try:
-            async for chunk in response.aiter_raw():
-                yield chunk
-        except httpx2.HTTPError as error:
+            async with aclosing(reply.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except Unreachable as error:
             raise BackendFailed(f"The upstream {self.name} cut its answer off.") from error
-        finally:
-            await response.aclose()
 
     async def forget(self, scope: Scope) -> int:
         return 0  # it keeps nothing for us
@@ -249,9 +237,7 @@ class Upstream:
         }
 
     async def aclose(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._http.aclose()
 
     # -- the request ---------------------------------------------------------------------------------------------------------
 
@@ -266,9 +252,7 @@ class Upstream:
     def _model(self, name: str) -> str:
         return self.options.rename.get(name, name)
 
-    def _request(self, request: Request, path: str, data: bytes, further: dict[str, str] | None = None) -> httpx2.Request:
-        if self._client is None:
-            raise UpstreamFailed(f"The upstream {self.name} is not started.", 503, elsewhere=True)
+    def _request(self, request: Request, path: str, data: bytes, further: dict[str, str] | None = None) -> _Sent:
         native = request.native
         headers = {"content-type": "application/json"}
         if native is not None and native.dialect in self._dialects:
@@ -277,7 +261,7 @@ class Upstream:
             headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
         headers |= {name: value for name, value in (further or {}).items() if name not in headers}
         headers |= self._authorisation(request)
-        return self._client.build_request("POST", self._base + path, content=data, headers=headers)
+        return _Sent("POST", self._base + path, data, headers)
 
     def _authorisation(self, request: Request) -> dict[str, str]:
         if own := self._key_header():
@@ -296,7 +280,7 @@ class Upstream:
 
     # -- the answer ----------------------------------------------------------------------------------------------------------
 
-    async def _begun(self, sent: httpx2.Request, dialect: UpstreamDialect, body: Json) -> httpx2.Response:
+    async def _begun(self, sent: _Sent, dialect: UpstreamDialect, body: Json) -> Reply:
         """An answer that has begun. One that is not streamed has when it is nearly there, so it may take all the time."""
         what, within_s = _NOT_OVER, self.options.total_s
         if body.get("stream") and self.options.first_s < within_s:
@@ -307,43 +291,37 @@ class Upstream:
         except TimeoutError as error:
             raise self._late(what, within_s) from error
 
-    async def _head(self, sent: httpx2.Request, dialect: UpstreamDialect, body: Json) -> httpx2.Response:
-        assert self._client is not None
-        response = await self._client.send(sent, stream=True)
-        if response.status_code == 200:
-            return response
+    async def _head(self, sent: _Sent, dialect: UpstreamDialect, body: Json) -> Reply:
+        reply = await self._http.send(*sent)
+        if reply.status == 200:
+            return reply
         try:
-            data = b""
-            async for chunk in response.aiter_raw():
-                data += chunk
-                if len(data) > _MAX_ERROR_BODY:
-                    break
+            data = await reply.read(_MAX_ERROR_BODY)
         finally:
-            await response.aclose()
-        raise self._refused(response, data, dialect, body)
+            reply.close()
+        raise self._refused(reply, data, dialect, body)
 
     async def _answer(
-        self, response: httpx2.Response, dialect: UpstreamDialect, body: Json, started_s: float
+        self, reply: Reply, dialect: UpstreamDialect, body: Json, started_s: float
     ) -> AsyncGenerator[Delta, None]:
-        headers = _client_headers(response.headers, self.name)
+        headers = _client_headers(reply.headers, self.name)
         if not body.get("stream"):
             try:
                 async with asyncio.timeout(self._left_s(started_s)):
-                    data = await response.aread()
+                    data = await reply.read()
             except TimeoutError as error:
                 raise self._late(_NOT_OVER, self.options.total_s) from error
             for delta in dialect.read_whole(data):
                 yield _with_headers(delta, headers)
             return
         reader = dialect.reader(body)
-        async for delta in self._stream(response, reader, started_s):
+        async for delta in self._stream(reply, reader, started_s):
             yield _with_headers(delta, headers)
             headers = ()
 
-    async def _stream(self, response: httpx2.Response, reader: Reader, started_s: float) -> AsyncIterator[Delta]:
+    async def _stream(self, reply: Reply, reader: Reader, started_s: float) -> AsyncIterator[Delta]:
         """Deltas as they come. Raises UpstreamFailed where they stop coming, or take longer than they may."""
         options = self.options
-        chunks = response.aiter_raw()
         said = False
         while True:
             what, allowed_s = (_NO_MORE, options.between_s) if said else (_NO_TOKEN, options.first_s)
@@ -353,7 +331,7 @@ class Upstream:
                 what, allowed_s, limit_s = _NOT_OVER, options.total_s, left_s
             try:
                 async with asyncio.timeout(max(0.0, limit_s)):
-                    chunk = await anext(chunks, b"")
+                    chunk = await reply.chunk()
             except TimeoutError as error:
                 raise self._late(what, allowed_s, elsewhere=not said) from error
             if not chunk:
@@ -369,10 +347,10 @@ class Upstream:
 
     # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
-    def _refused(self, response: httpx2.Response, data: bytes, dialect: UpstreamDialect, body: Json) -> UpstreamFailed:
-        status = response.status_code
+    def _refused(self, reply: Reply, data: bytes, dialect: UpstreamDialect, body: Json) -> UpstreamFailed:
+        status = reply.status
         error = dialect.read_error(status, data)
-        advice = response.headers.get("x-should-retry")
+        advice = reply.headers.get("x-should-retry")
         not_done = status in (429, 503, 529)
         again = advice == "true" or (advice != "false" and (not_done or (status in (500, 502) and _repeatable(body))))
         message = f"{self.name}: {error.message}"
@@ -386,28 +364,35 @@ class Upstream:
             status,
             param=error.param,
             code=error.code,
-            retry_after_s=_retry_after_s(response.headers),
+            retry_after_s=_retry_after_s(reply.headers),
             elsewhere=status >= 500 or status in (408, 429) or (status == 404 and error.code != "not_found_error"),
             again=again,
             dialect=dialect.name,
             body=data if error.readable else b"",
         )
 
-    def _unreachable(self, error: httpx2.HTTPError, body: Json) -> UpstreamFailed:
-        unsent = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
-        what = "cannot be reached" if unsent else "broke the connection"
-        detail = str(error) or type(error).__name__
+    def _unreachable(self, error: Unreachable, body: Json) -> UpstreamFailed:
+        what = "cannot be reached" if error.unsent else "broke the connection"
         return UpstreamFailed(
-            f"The upstream {self.name} {what}: {detail}",
+            f"The upstream {self.name} {what}: {error}",
             502,
             code="upstream_unreachable",
             elsewhere=True,
-            again=unsent or _repeatable(body),
+            again=error.unsent or _repeatable(body),
         )
 
     def _late(self, what: str, within_s: float, *, elsewhere: bool = True) -> UpstreamFailed:
         message = f"The upstream {self.name} is too slow: {what} within {within_s:g} s."
         return UpstreamFailed(message, 504, code="upstream_timeout", elsewhere=elsewhere)
+
+
+class _Sent(NamedTuple):
+    """An HTTP request."""
+
+    method: str
+    url: str
+    body: bytes
+    headers: dict[str, str]
 
 
 _OF_THE_CONNECTION = frozenset(
@@ -443,7 +428,7 @@ def _repeatable(body: Json) -> bool:
     return all(isinstance(tool, dict) and tool.get("type", "custom") in ("custom", "function") for tool in tools)
 
 
-def _retry_after_s(headers: httpx2.Headers) -> float | None:
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """A date is taken as: not said. Both providers' SDKs know the exact form, too."""
     for name, per_s in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
@@ -453,7 +438,7 @@ def _retry_after_s(headers: httpx2.Headers) -> float | None:
     return None
 
 
-def _client_headers(headers: httpx2.Headers, name: str) -> tuple[tuple[str, str], ...]:
+def _client_headers(headers: Mapping[str, str], name: str) -> tuple[tuple[str, str], ...]:
     passed = [(key, value) for key, value in headers.items() if key.startswith(PASSED_ON)]
     theirs = headers.get("request-id") or headers.get("x-request-id")
     if theirs:

@@ -1,0 +1,131 @@
+"""HTTP to upstreams: connections that are kept, answers read chunk by chunk. The one place that knows the client library.
+
+aiohttp and not the client that the command line uses: its parser is compiled, and a stream of small events costs it half the
+time (docs/decisions/0011).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+
+import aiohttp
+from yarl import URL
+
+from anaphora.errors import ConfigError
+
+_IDLE_S = 30.0
+"""A connection that nobody used for so long is closed."""
+_DRAIN_S = 1.0
+"""How long the end of a body may take behind all that was of interest, for its connection to be used again."""
+
+
+class Unreachable(Exception):
+    """No answer, or no more of one. `unsent`: the other side has certainly not seen the request."""
+
+    def __init__(self, message: str, *, unsent: bool) -> None:
+        super().__init__(message)
+        self.unsent = unsent
+
+
+class Reply:
+    """An answer whose head is there. Whoever has it must `finish` or `close` it; both may be called twice."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers: dict[str, str] = {name.lower(): value for name, value in response.headers.items()}
+        """Names in lower case; of those that are there twice the last one."""
+
+    async def chunk(self) -> bytes:
+        """What has come since, at least a byte; nothing at the end. Raises Unreachable."""
+        try:
+            return await self._response.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreachable(_words(error), unsent=False) from error
+
+    async def read(self, limit: int | None = None) -> bytes:
+        """All of it, or a little more than `limit` bytes. Raises Unreachable."""
+        pieces: list[bytes] = []
+        size = 0
+        while piece := await self.chunk():
+            pieces.append(piece)
+            size += len(piece)
+            if limit is not None and size > limit:
+                break
+        return b"".join(pieces)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The body, and the end of the answer."""
+        try:
+            while piece := await self.chunk():
+                yield piece
+        finally:
+            self.close()
+
+    async def finish(self) -> None:
+        """All that was of interest was read: what is left is on its way, and then the connection can be used again."""
+        if not self._response.content.is_eof():
+            try:
+                async with asyncio.timeout(_DRAIN_S):
+                    await self.read(1 << 16)
+            except (TimeoutError, Unreachable):
+                pass
+        self.close()
+
+    def close(self) -> None:
+        """Without more ado: a body that was not read to its end is of no interest, and the other side gets to know that."""
+        self._response.close()
+
+
+class Http:
+    """A client of one server. `start` it on the event loop that uses it."""
+
+    def __init__(self, *, connect_s: float, ca_file: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self._connect_s = connect_s
+        self._ca_file = ca_file
+        self._headers = dict(headers or {})
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def started(self) -> bool:
+        return self._session is not None
+
+    async def start(self) -> None:
+        """Raises ConfigError for a `ca_file` that cannot be used."""
+        try:
+            verify = ssl.create_default_context(cafile=self._ca_file) if self._ca_file else True
+        except OSError as error:
+            raise ConfigError(f"ca_file cannot be used: {error}") from error
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=verify, keepalive_timeout=_IDLE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
+            cookie_jar=aiohttp.DummyCookieJar(),  # what one client is given is not for the next
+            headers=self._headers,
+            skip_auto_headers=("content-type",),
+            auto_decompress=False,
+            trust_env=True,
+        )
+
+    async def send(self, method: str, url: str, body: bytes, headers: Mapping[str, str]) -> Reply:
+        """Returns when the head of the answer is there. Raises Unreachable."""
+        assert self._session is not None
+        try:
+            response = await self._session.request(
+                method, URL(url, encoded=True), data=body, headers=headers, allow_redirects=False
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+            raise Unreachable(_words(error), unsent=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreachable(_words(error), unsent=False) from error
+        return Reply(response)
+
+    async def aclose(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
