@@ -56,7 +56,7 @@ FAULTS = (
 CONFIG = """\
 [cache]
 dir = "{folder}"
-ram = "16MiB"
+ram = "2MiB"
 disk = 0
 """
 UPSTREAM = """
