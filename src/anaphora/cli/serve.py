@@ -13,11 +13,13 @@ FLAGS = (
     ("server.port", "--port", "PORT", "port to listen on"),
     ("server.workers", "--workers", "N", "gateway processes"),
     ("engine.model", "--model", "MODEL", "smollm2, a local folder, a GGUF file, or a Hugging Face id"),
-    ("engine.kind", "--engine", "KIND", "transformers, or echo (no model: emulates providers' prompt caching)"),
+    ("engine.kind", "--engine", "KIND", "transformers, echo (no model: emulates providers' prompt caching), or none"),
     ("engine.profile", "--profile", "NAME", "account for prompt caching like this model, such as claude-opus-5-5"),
     ("engine.kv_memory", "--kv-memory", "SIZE", "memory for reusable KV blocks, such as 2GiB"),
     ("engine.kv_disk", "--kv-disk", "SIZE", "disk space for KV blocks that outlive the process; 0: none"),
     ("engine.kv_codec", "--kv-codec", "NAME", "how KV is stored outside --kv-memory: raw, zstd, int8, int4"),
+    ("gateway.upstreams", "--upstreams", "NAME=URL,...", "hosted APIs to stand in front of, instead of a model of one's own"),
+    ("gateway.optimiser", "--optimiser", "MODE", "lay prompts out for the upstreams' own caches: off, advise or on"),
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
     ("cache.shared", "--shared", "URL", "Valkey or Redis server that shares answers, such as redis://host:6379/0"),
     ("engine.dtype", "--dtype", "TYPE", "auto, bfloat16 or float32"),
@@ -28,6 +30,8 @@ FLAGS = (
 EXAMPLES = """\
   anaphora serve                                   SmolLM2 on http://127.0.0.1:8080
   anaphora serve --model ./my-model --port 9000    a model folder of your own
+  anaphora serve --upstreams anthropic=https://api.anthropic.com,openai=https://api.openai.com/v1
+                                                   in front of hosted APIs, which clients ask with their own keys
   anaphora serve --engine echo --virtual-clock     no model: prompt caching of every provider's models, for tests
 """
 
