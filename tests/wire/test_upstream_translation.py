@@ -109,6 +109,7 @@ def test_documents_go_across() -> None:
         ("openai_chat", "anthropic", {"type": "image_url", "image_url": {"url": "https://a/b", "detail": "low"}}, ".detail"),
         ("openai_chat", "anthropic", {"type": "file", "file": {"file_data": "aGk="}}, ""),
         ("openai_chat", "anthropic", {"type": "file", "file": {"file_data": "data:text/plain;base64,/w=="}}, ""),
+        ("openai_chat", "anthropic", {"type": "file", "file": {"file_id": "f"}}, ""),
         ("openai_chat", "openai_responses", {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, ""),
         ("anthropic", "openai_chat", {**IMAGE, "source": {"type": "file", "file_id": "f"}}, ""),
         ("anthropic", "openai_responses", {**PDF, "source": {"type": "file", "file_id": "f"}}, ""),

@@ -87,6 +87,8 @@ class UpstreamDialect(Protocol):
 EFFORTS = frozenset({"low", "medium", "high", "xhigh", "max"})
 """Words for a model's effort that both providers have."""
 
+UNKNOWN_FILE = "a file is only known to the provider that it was sent to"
+
 
 # -- writing -------------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from anaphora.types import (
     ToolUsePart,
 )
 from anaphora.wire.fields import Json
-from anaphora.wire.upstream import EFFORTS, Reader, UpstreamError, cannot_say, is_own, object_of, renamed
+from anaphora.wire.upstream import EFFORTS, UNKNOWN_FILE, Reader, UpstreamError, cannot_say, is_own, object_of, renamed
 from anaphora.wire.upstream_anthropic_answer import MessageReader, read_error, read_message
 
 _JSON_SCHEMA_FIELDS = frozenset({"name", "schema", "strict"})
@@ -124,7 +124,7 @@ def _block(part: Part, path: str, *, own: bool) -> Json | None:
     if isinstance(part, ProviderPart):
         return {"type": part.kind, **part.body}
     if isinstance(part, MediaPart):
-        return _media(part, path)
+        return _media(part, path, own=own)
     content = [_block(inner, f"{path}.content[{index}]", own=own) for index, inner in enumerate(part.content)]
     block: Json = {"type": "tool_result", "tool_use_id": part.tool_use_id, "content": content}
     return {**block, "is_error": True} if part.is_error else block
@@ -140,21 +140,23 @@ def _tool_input(arguments: str) -> object:
         return {"INVALID_JSON": arguments}
 
 
-def _media(part: MediaPart, path: str) -> Json:
+def _media(part: MediaPart, path: str, *, own: bool) -> Json:
     if part.kind == "audio":
         raise cannot_say(path, "this upstream takes no audio")
     known = frozenset() if part.kind == "image" else frozenset({"title", "context"})
     for option in part.options:
         if option not in known:
             raise cannot_say(f"{path}.{option}", "this upstream does not have it")
-    return {"type": part.kind, "source": _source(part, path), **part.options}
+    return {"type": part.kind, "source": _source(part, path, own=own), **part.options}
 
 
-def _source(part: MediaPart, path: str) -> Json:
+def _source(part: MediaPart, path: str, *, own: bool) -> Json:
     source = part.source
     if (url := source.get("url")) is not None:
         return {"type": "url", "url": url}
     if (file_id := source.get("file_id")) is not None:
+        if not own:
+            raise cannot_say(path, UNKNOWN_FILE)
         return {"type": "file", "file_id": file_id}
     if (text := source.get("text")) is not None:
         return {"type": "text", "media_type": "text/plain", "data": text}

@@ -21,6 +21,7 @@ from anaphora.types import (
 from anaphora.wire.fields import Json
 from anaphora.wire.upstream import (
     EFFORTS,
+    UNKNOWN_FILE,
     UNKNOWN_USAGE,
     UpstreamError,
     cannot_say,
@@ -111,7 +112,7 @@ def image_source(part: MediaPart, path: str, *, ids: bool) -> Json:
 
 def _check_id(path: str, ids: bool) -> None:
     if not ids:
-        raise cannot_say(path, "a file is only known to the provider that it was sent to")
+        raise cannot_say(path, UNKNOWN_FILE)
 
 
 def sampling_fields(sampling: Sampling, *, native: frozenset[str], extensions: bool) -> Json:
