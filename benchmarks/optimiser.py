@@ -6,34 +6,44 @@ each block priced alone by whoever knows the future, with any number of breakpoi
 can be cheaper, and part of the way there is open to none.
 
     ANAPHORA_DATA=... python benchmarks/optimiser.py [--sessions 87] [--models claude-opus-5,...] [--json FILE] [--only SET]
+
+`--wire` sends one agent session's real bodies to a real `anaphora serve --engine echo --virtual-clock` instead, and compares
+what its answers say with the books. `--speed` measures what a plan costs in time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import msgspec
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from optimiser_sets import Sent, Set, prompt_of, sets
+from optimiser_sets import Piece, Sent, Set, prompt_of, sets
 
 from anaphora import breakpoints
+from anaphora.backends.echo_lengths import Counter
 from anaphora.clock import ManualClock
-from anaphora.optimiser import History, Settings, plan
+from anaphora.optimiser import History, Mark, Plan, Settings, apply, plan
 from anaphora.optimiser.history import marked
 from anaphora.profiles import Profile, find, prices
 from anaphora.promises import Books
 from anaphora.prompt import TTL_S, Lengths, Prompt
+from anaphora.testing.plugin import anaphora_emulator
 from anaphora.types import LOCAL_TENANT
+from anaphora.wire.anthropic_prompt import read_prompt
 
 MODELS = ("claude-opus-5", "claude-sonnet-5-5", "gpt-4.1", "gpt-5.6-sol")
 FIRST_TOKEN_S = 1.0
@@ -154,16 +164,89 @@ def compare(one: Set, model: str) -> dict[str, Sum]:
     return found
 
 
+def wire(data: Path) -> None:
+    """The first agent session, body by body, through a server: tokens read, written and plain, on the wire and in the books."""
+    first = next(one for one in sets(data, 0)).requests
+    session = [one for one in first if one.pieces[0].content == first[0].pieces[0].content]
+    profile, counter = find("claude-opus-5", "anthropic"), Counter()
+    with contextlib.contextmanager(anaphora_emulator.__wrapped__)() as emulator:
+        for name, policy in (("off", off), ("litellm", litellm(profile)), ("on", optimised(profile))):
+            books, key, now_s = Books(ManualClock()), emulator.new_key(), session[0].time_s
+            charged, said = [0, 0, 0], [0, 0, 0]
+            for one in session:
+                emulator.advance(one.time_s - now_s)
+                now_s = one.time_s
+                body = body_of(one, profile.name)
+                prompt = read_prompt(body)
+                lengths = counter.lengths(prompt)
+                wanted = policy(prompt, lengths, now_s)
+                marks = [Mark(block.path, block.mark, i) for i, block in enumerate(wanted.blocks) if block.mark]
+                sent = apply(body, Plan(tuple(marks)))
+                usage = books.charge(LOCAL_TENANT, read_prompt(sent), profile, lengths, now_s)
+                books.visible(usage, now_s)
+                counts = (usage.usage.read, sum(usage.usage.written.values()), usage.usage.plain)
+                charged = [a + b for a, b in zip(charged, counts, strict=True)]
+                headers = {"x-api-key": key, "anthropic-version": "2023-06-01"}
+                answer = httpx2.post(f"{emulator.anthropic_base_url}/v1/messages", json=sent, headers=headers, timeout=30)
+                told = answer.raise_for_status().json()["usage"]
+                fields = ("cache_read_input_tokens", "cache_creation_input_tokens", "input_tokens")
+                said = [a + told[field] for a, field in zip(said, fields, strict=True)]
+            agree = "agree" if said == charged else "DIFFER"
+            print(f"{name:8} {len(session)} requests: read, written, plain on the wire {said}, in the books {charged}: {agree}")
+
+
+def body_of(one: Sent, model: str) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    for piece in one.pieces:
+        if not messages or messages[-1]["role"] != piece.role:
+            messages.append({"role": piece.role, "content": []})
+        messages[-1]["content"].append({"type": "text", "text": piece.content.decode()})
+    return {"model": model, "max_tokens": 4, "messages": messages}
+
+
+def speed() -> None:
+    """Microseconds for one request of a growing conversation, median; `chain` is what the accounting needs anyway."""
+    for model in MODELS:
+        profile = find(model, "anthropic" if model.startswith("claude") else "openai")
+        for num_blocks in (30, 100, 1000):
+            history, times = History(), [list[float]() for _ in range(3)]
+            for turn in range(40):
+                pieces = (Piece("tools", "tool", b"t" * 2000, 500), Piece("system", "text", b"s" * 4000, 1000))
+                more = range(num_blocks - 3 - 78 + turn * 2 if num_blocks > 100 else num_blocks - 3)
+                pieces += tuple(Piece(("user", "assistant")[i % 2], "text", b"%d" % i * 50, 100) for i in more)
+                pieces += (Piece("user", "text", b"last %d" % turn, 10),)
+                prompt, lengths = prompt_of(pieces, profile.dialect, model)
+                start = time.perf_counter()
+                breakpoints.chain(prompt, profile)
+                chained = time.perf_counter()
+                known = history.know(prompt, profile, turn * 20.0)
+                found = plan(prompt, lengths, profile, history, turn * 20.0, Settings(mode="on"), known)
+                planned = time.perf_counter()
+                history.learn(prompt, lengths, profile, known, turn * 20.0, found)
+                for kind, spent in zip(times, (chained - start, planned - chained, time.perf_counter() - planned), strict=True):
+                    kind.append(spent * 1e6)
+            chain, planning, learning = map(statistics.median, times)
+            print(f"{model:18} {num_blocks:5} blocks: plan {planning:6.0f} (of it chain {chain:5.0f}), learn {learning:5.0f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=87, help="coding sessions, of 87")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--only", default="", help="sets whose name has this in it")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--wire", action="store_true", help="one session through a real server")
+    parser.add_argument("--speed", action="store_true", help="microseconds for one plan")
     args = parser.parse_args()
+    if args.speed:
+        speed()
+        return
     data = os.environ.get("ANAPHORA_DATA")
     if not data:
         parser.error("set ANAPHORA_DATA to the folder with the data sets")
+    if args.wire:
+        wire(Path(data))
+        return
     rows: list[dict[str, object]] = []
     print(f"{'set':66} {'model':18} {'off':>9} {'LiteLLM':>9} {'on':>9} {'a day':>9} {'bound':>9}   read off/LiteLLM/on    µs")
     for one in sets(Path(data), args.sessions):

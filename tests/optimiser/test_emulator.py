@@ -9,11 +9,11 @@ import openai
 import pytest
 from tests.optimiser.traffic import ON, Json, body, says, text, user
 
+from anaphora.backends.echo_lengths import Counter
 from anaphora.clock import ManualClock
 from anaphora.optimiser import History, apply, plan
 from anaphora.profiles import Profile, find
 from anaphora.promises import Books
-from anaphora.prompt import Lengths, Prompt
 from anaphora.testing.plugin import Emulator
 from anaphora.types import LOCAL_TENANT
 from anaphora.wire.anthropic_prompt import read_prompt
@@ -36,21 +36,14 @@ class Wire:
         self.anthropic = anthropic.Anthropic(base_url=emulator.anthropic_base_url, api_key=key, max_retries=0)
         self.openai = openai.OpenAI(base_url=emulator.openai_base_url, api_key=key, max_retries=0)
         self.history, self.books, self.now_s = History(), Books(ManualClock()), 0.0
-
-    def lengths(self, prompt: Prompt) -> Lengths:
-        """A block has as many tokens as words; its text is all it has."""
-        ends, total = [], 0
-        for block in prompt.blocks:
-            total += len(block.content.decode().partition('"text":"')[2].rpartition('"')[0].split('"')[0].split())
-            ends.append(total)
-        return Lengths(tuple(ends), total)
+        self.counter = Counter()
 
     def ask(self, request: Json, after_s: float) -> tuple[tuple[int, int], tuple[int, int]]:
         """Tokens read and written: by the emulator, and by our books."""
         self.emulator.advance(after_s)
         self.now_s += after_s
         prompt = READERS[self.api](request)
-        lengths = self.lengths(prompt)
+        lengths = self.counter.lengths(prompt)
         known = self.history.know(prompt, self.profile, self.now_s)
         found = plan(prompt, lengths, self.profile, self.history, self.now_s, ON, known)
         self.history.learn(prompt, lengths, self.profile, known, self.now_s, found)

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.optimiser.traffic import M1H, M5, ON, Json, Site, body, marks_in, says, text, user
 
-from anaphora.optimiser import History, Settings, apply, plan
+from anaphora.optimiser import History, Mark, Plan, Settings, apply, plan
 from anaphora.types import LOCAL_TENANT
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import Dialect
 from anaphora.wire.openai_chat import OpenAIChat
+from anaphora.wire.openai_prompt import read_chat, read_responses
+from anaphora.wire.openai_responses import OpenAIResponses
 
 TOOL: Json = {"name": "look", "input_schema": {"type": "object"}}
 
@@ -220,6 +222,52 @@ def test_other_providers_get_the_hint_they_route_by(provider: str, where: str, n
     first, _ = site.ask(chat(user("a"), model="gpt-4.1"))
     second, _ = site.ask(chat(user("a"), says("b"), user("c"), model="gpt-4.1"))
     assert getattr(first, where)[name] == getattr(second, where)[name]
+
+
+def test_tenants_never_share_a_value_that_a_provider_keeps_caches_apart_by() -> None:
+    """S5."""
+    request = chat(user("a"), model="gpt-4.1")
+    values = set()
+    for provider in ("openai", "deepseek", "xai"):
+        for tenant in ("alice", "bob"):
+            site = Site("gpt-4.1", settings=Settings(mode="on", provider=provider, tenant=tenant))
+            found, _ = site.ask(request)
+            values |= {*map(str, found.fields.values()), *found.headers.values()}
+    assert len(values) == 6
+
+
+def test_a_prompt_beyond_the_cliff_is_pointed_out() -> None:
+    """S7 (g): 272k tokens."""
+    site = Site("gpt-5.6-sol", tokens=150_000)
+    found, _ = site.ask(chat(user("a"), says("b"), user("c")))
+    assert [reason.tokens for reason in found.reasons if reason.code == "dear"] == [-600_000]
+
+
+def test_what_a_tool_answered_can_be_marked_in_both_of_openais_formats() -> None:
+    """An entry that was written there implicitly is read in explicit mode only if it is marked (P7)."""
+    call_chat = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    turns = [
+        user("a"),
+        {"role": "assistant", "tool_calls": [call_chat]},
+        {"role": "tool", "tool_call_id": "c1", "content": "x"},
+    ]
+    request = chat(*turns)
+    prompt = read_chat(request)
+    sent = apply(request, Plan((Mark(prompt.blocks[-1].path, "30m", len(prompt.blocks) - 1),)))
+    assert _parsed(OpenAIChat(), sent).prompt.blocks[-1].mark == "30m"
+    assert _parsed(OpenAIChat(), sent).request == _parsed(OpenAIChat(), request).request
+    items: Json = {
+        "model": "gpt-5.6-sol",
+        "input": [
+            {"role": "user", "content": "a"},
+            {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c1", "output": "x"},
+        ],
+    }
+    prompt = read_responses(items)
+    sent = apply(items, Plan((Mark(prompt.blocks[-1].path, "12h", 2), Mark(prompt.blocks[0].path, "30m", 0))))
+    assert [block.mark for block in _parsed(OpenAIResponses(), sent).prompt.blocks] == ["30m", None, "12h"]
+    assert _parsed(OpenAIResponses(), sent).request == _parsed(OpenAIResponses(), items).request
 
 
 def test_a_days_retention_is_only_asked_for_where_the_user_allows_it() -> None:

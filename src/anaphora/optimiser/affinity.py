@@ -48,6 +48,8 @@ def beginning(prompt: Prompt, lengths: Lengths, minimum: int) -> bytes:
     return digest((b"prompt-beginning", prompt.model.encode(), b"".join(parts)))
 
 
-def value(affinity: Affinity, what: bytes, partition: int = 0) -> str:
+def value(affinity: Affinity, tenant: str, what: bytes, partition: int = 0) -> str:
     """A name for what belongs together that says nothing about it. ASCII."""
-    return digest((b"affinity", affinity.by.encode(), what, partition.to_bytes(4, "big"))).hex()[: affinity.length]
+    return digest((b"affinity", affinity.by.encode(), tenant.encode(), what, partition.to_bytes(4, "big"))).hex()[
+        : affinity.length
+    ]

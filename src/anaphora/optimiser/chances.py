@@ -17,6 +17,7 @@ REMEMBERED = 256.0
 
 Hazards = tuple[float, ...]
 """For each step: the chance of coming in it, for what has not come before."""
+NEVER: Hazards = (0.0,) * STEPS
 
 
 class Chance:

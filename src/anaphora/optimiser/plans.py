@@ -27,6 +27,7 @@ Code = Literal[
     "lifetime",  # the longer lifetime, or why not
     "explicit",  # nothing is written but what is marked
     "cache-key",  # a field or header that sends what belongs together to one place
+    "dear",  # so long that every token costs more
     "retention",  # how long the provider may keep it
 ]
 
