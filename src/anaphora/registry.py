@@ -82,4 +82,15 @@ LEVELS = Registry("levels", {"exact": "anaphora.levels.exact:ExactLevel"})
 BACKENDS = Registry(
     "backends", {"echo": "anaphora.backends.echo:EchoBackend", "transformers": "anaphora.backends.engine:Engine"}
 )
-AXES: tuple[Registry, ...] = (POLICIES, TIERS, CODECS, LEVELS, BACKENDS)
+ROUTING = Registry(
+    "routing",
+    {
+        "expected": "anaphora.routing.expected:Expected",
+        "prefix": "anaphora.routing.prefix:Prefix",
+        "least-busy": "anaphora.routing.least_busy:LeastBusy",
+        "usage": "anaphora.routing.usage:Usage",
+        "latency": "anaphora.routing.latency:Latency",
+        "round-robin": "anaphora.routing.round_robin:RoundRobin",
+    },
+)
+AXES: tuple[Registry, ...] = (POLICIES, TIERS, CODECS, LEVELS, BACKENDS, ROUTING)

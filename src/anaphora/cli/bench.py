@@ -1,20 +1,17 @@
-"""`anaphora bench prefix`: what the caches save on this machine, as ratios of one run."""
+"""`anaphora bench`: the benchmarks, and `prefix`, what the caches save on this machine, as ratios of one run."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import platform
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from anaphora import __version__
+from anaphora.cli import bench_routing
+from anaphora.cli.measuring import machine, progress
 from anaphora.cli.parsing import Commands, add_command, add_config_flag, add_json_flag
 from anaphora.config import load
 from anaphora.errors import ConfigError
@@ -36,8 +33,10 @@ EXAMPLES = """\
 def register(commands: Commands) -> None:
     bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
     bench.set_defaults(run=None, usage=bench)
+    benchmarks = bench.add_subparsers(title="benchmarks", metavar="COMMAND")
+    bench_routing.register(benchmarks)
     parser = add_command(
-        bench.add_subparsers(title="benchmarks", metavar="COMMAND"),
+        benchmarks,
         "prefix",
         run,
         summary="measure prefix reuse, decoding and batching against transformers, and cached answers over HTTP",
@@ -67,58 +66,18 @@ def run(args: argparse.Namespace) -> int:
     from anaphora.backends import engine_bench
     from anaphora.build import engine_options
 
-    with _progress() as progress:
+    with progress() as step:
         options = engine_bench.BenchOptions(engine_options(loaded.config), context=args.context, rounds=args.rounds)
-        figures = {**machine(), **engine_bench.run(options, progress)}
+        figures = {**machine(), **engine_bench.run(options, step)}
         if not args.no_http:
             from anaphora.cli import bench_http
 
-            figures["http"] = bench_http.run(loaded.config, progress)
+            figures["http"] = bench_http.run(loaded.config, step)
     text = json.dumps(figures, indent=2)
     if args.output:
         Path(args.output).write_text(text + "\n")
     print(text) if args.json else _table(figures)
     return 0
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on and with."""
-    return {
-        "version": __version__,
-        "commit": _commit(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()},
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this file lies in, if it does."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with the present step on a terminal, a line per step elsewhere; on standard error."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: print(f"anaphora: {text}", file=sys.stderr, flush=True)
-        return
-    with console.status("starting") as status:
-        yield status.update
 
 
 def _table(figures: Mapping[str, Any]) -> None:

@@ -1,0 +1,173 @@
+"""`anaphora bench routing`: strategies that choose among replicas, over recorded traffic and simulated replicas."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from anaphora.cli.measuring import machine, progress
+from anaphora.cli.parsing import Commands, add_command, add_json_flag
+from anaphora.errors import ConfigError
+from anaphora.registry import ROUTING
+
+TRACES = ("mooncake", "claude-code", "generated")
+LOADS = "0.3,0.5,0.7,0.9,1.1"
+SPEEDS = (
+    ("step_s", "--step-s", "seconds of a step that reads all weights"),
+    ("token_s", "--token-s", "seconds to compute a token"),
+    ("position_s", "--position-s", "seconds more for each token before it"),
+    ("context_s", "--context-s", "seconds to read a token of context while decoding"),
+    ("capacity_tokens", "--capacity", "tokens of KV a replica has room for"),
+    ("chunk_tokens", "--chunk", "tokens a step may compute"),
+)
+
+EXAMPLES = """\
+  ANAPHORA_DATA=DIR anaphora bench routing           both traces, five loads, every strategy: ten minutes
+  anaphora bench routing --trace generated           a small generated load, which needs no data
+  anaphora bench routing --trace mooncake --replicas 4 --loads 0.8 --strategies expected,prefix
+  anaphora bench routing --token-s 100e-6 --capacity 300000 --json > slower.json
+"""
+
+
+def register(benchmarks: Commands) -> None:
+    parser = add_command(
+        benchmarks,
+        "routing",
+        run,
+        summary="compare strategies of routing over recorded traffic and simulated replicas",
+        examples=EXAMPLES,
+    )
+    parser.add_argument(
+        "--trace",
+        action="append",
+        choices=TRACES,
+        help="what is replayed; may be given several times (default: mooncake and claude-code from the folder ANAPHORA_DATA, "
+        "generated where that is not set)",
+    )
+    parser.add_argument("--replicas", type=_positive, default=8, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--loads", default=LOADS, metavar="SHARES", help="of the rate at which round-robin saturates (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--strategies",
+        default=",".join((*ROUTING.builtin, "oracle")),
+        metavar="NAMES",
+        help="which ones; oracle sees all caches and queues (default: %(default)s)",
+    )
+    parser.add_argument("--requests", type=_positive, metavar="N", help="only the first N of each trace")
+    for _, flag, text in SPEEDS:
+        parser.add_argument(flag, type=float, metavar="X", help=text)
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to FILE")
+    add_json_flag(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError where a strategy or a trace is not there."""
+    from anaphora.routing import comparison
+
+    speed = _speed(args)
+    loads = _loads(args.loads)
+    strategies = {name: _strategy(name) for name in args.strategies.split(",") if name}
+    compared = []
+    with progress() as step:
+        for trace in _traces(args.trace):
+            arrivals = _arrivals(trace)[: args.requests]
+            compared.append(
+                comparison.compare(
+                    trace, arrivals, strategies, loads=loads, num_replicas=args.replicas, speed=speed, progress=step
+                )
+            )
+    figures = {**machine(), "traces": [msgspec.to_builtins(one) for one in compared]}
+    text = json.dumps(figures, indent=2)
+    if args.output:
+        Path(args.output).write_text(text + "\n")
+    print(text) if args.json else _tables(figures["traces"])
+    return 0
+
+
+def _traces(named: Sequence[str] | None) -> Sequence[str]:
+    if named:
+        return named
+    if os.environ.get("ANAPHORA_DATA"):
+        return ("mooncake", "claude-code")
+    print("anaphora: skipped: mooncake and claude-code, since ANAPHORA_DATA does not name their folder", file=sys.stderr)
+    return ("generated",)
+
+
+def _arrivals(trace: str) -> list[Any]:
+    from anaphora.routing import traces
+
+    if trace == "generated":
+        return list(traces.generated())
+    data = os.environ.get("ANAPHORA_DATA")
+    if not data:
+        raise ConfigError(f"--trace {trace}: set ANAPHORA_DATA to the folder with the traces")
+    return list(traces.mooncake(Path(data)) if trace == "mooncake" else traces.claude_code(Path(data)))
+
+
+def _strategy(name: str) -> Callable[[], Any]:
+    if name == "oracle":
+        from anaphora.routing.oracle import Oracle
+
+        return Oracle
+    found: Callable[[], Any] = ROUTING.load(name)
+    return found
+
+
+def _speed(args: argparse.Namespace) -> Any:
+    from anaphora.routing.simulation import Speed
+
+    given = {name: getattr(args, flag.removeprefix("--").replace("-", "_")) for name, flag, _ in SPEEDS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("capacity_tokens", "chunk_tokens"):
+        if name in given:
+            given[name] = int(given[name])
+    if any(value <= 0 for value in given.values()):
+        raise ConfigError("speeds, --capacity and --chunk must be positive")
+    return Speed(**given)
+
+
+def _loads(text: str) -> list[float]:
+    try:
+        loads = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--loads: numbers such as 0.5,0.9, not {text!r}") from error
+    if min(loads) <= 0:
+        raise ConfigError("--loads: every one must be more than 0")
+    return loads
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _tables(compared: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for one in compared:
+        title = (
+            f"{one['trace']}: {one['num_requests']} requests, {one['num_replicas']} replicas, "
+            f"saturation {one['saturation_per_s']:.2f}/s"
+        )
+        table = Table("load", "strategy", "hit rate", "first p50", "p90", "p99", "whole", "imbalance", title=title)
+        for row in one["rows"]:
+            table.add_row(
+                f"{row['load']:.0%}",
+                row["strategy"],
+                f"{row['hit_rate']:.1%}",
+                *(f"{row[name]:.2f} s" for name in ("first_p50_s", "first_p90_s", "first_p99_s", "whole_mean_s")),
+                f"{row['imbalance']:.2f}",
+            )
+        console.print(table)

@@ -1,0 +1,328 @@
+"""Whoever is expected to be done first: one score, in seconds, for every replica, and no rule beside it.
+
+    queue       until those ahead of it are prefilled, or until its memory has room, whichever is later
+  + prefill     of what the replica's cache does not hold, loads from slower places included
+  + answer      as long as answers are expected to be, at the speed of as many streams as there are then
+  + later       what computing costs those who come later: their time, and the cached tokens whose room it takes
+  + others      what its prefill and its answer cost the streams that run there
+  + overlap     what recent traffic there lets expect of those that come while it runs
+  + unexplained how much later than expected first tokens came lately: somebody else's load, a slow machine
+  + failures    how often it failed lately, in waits
+
+Whatever is needed for it is learned (`timing`, `holdings`). That a conversation stays where it began, that a popular prefix
+spreads when its holder's queue is longer than computing it elsewhere, and that a new replica fills gradually, are consequences.
+
+With prices, `cost_weight` w makes the score (1 - w) * seconds + w * money * seconds_per_money.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from anaphora.routing.base import CacheEvent, Choice, Load, Question, Replica, RequestId
+from anaphora.routing.holdings import Holdings, Trail
+from anaphora.routing.inflight import InFlight, Sent
+from anaphora.routing.rates import Decaying
+from anaphora.routing.timing import Prefill, Timing, prefill
+
+_SAME_MOMENT_S = 0.002
+"""First tokens that come so close to one another were computed in one step."""
+
+
+class ExpectedOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    cost_weight: float = 0.0
+    """0: only time counts. 1: only money, and time between equals."""
+    seconds_per_money: float = 1000.0
+    """What a unit of money is worth in time, where both count."""
+    later_weight: float = 6.0
+    """What a second of computing costs those who come later, in seconds, while the replicas are idle."""
+    others_weight: float = 0.02
+    """How much a second of delay for those who are answered there already counts beside one's own."""
+    overlap_s: float = 120.0
+    """How far back traffic lets expect more of it."""
+    memory_s: float = 20.0
+    """How long delays and failures that nothing explains are remembered."""
+    failure_s: float = 30.0
+    """What a failure costs whoever meets it, in seconds."""
+    count_slack_tokens: int = 256
+    """How many tokens less than are there a replica may say it found in its cache: it counts in blocks of its own."""
+
+
+class _Note(NamedTuple):
+    trail: Trail
+    features: Prefill
+    prefill_s: float
+    wait_s: float
+    due_s: float
+    """When it is expected to be complete."""
+    prefilled_s: float
+    """Of all prefills of the replica until this one's first token."""
+    crowded: bool
+    """It had to wait for memory: how long its first token took says nothing of prefill."""
+
+
+class _State:
+    """What is known of one replica."""
+
+    def __init__(self, options: ExpectedOptions) -> None:
+        self.holdings = Holdings()
+        self.started_s = 0.0
+        self.num_answers = 0
+        self.last_turn = 0
+        self.tokens_in_flight = 0
+        self.last_first_s = 0.0
+        self.departing: list[_Note] = []
+        self.departing_from_s = 0.0
+        self.prefilled_s = 0.0
+        self.recent_s = Decaying(options.overlap_s)
+        self.late_s = Decaying(options.memory_s)
+        self.late_weight = Decaying(options.memory_s)
+        self.failures = Decaying(options.memory_s)
+        self.foreign_waiting = Decaying(options.memory_s)
+        self.foreign_running = Decaying(options.memory_s)
+
+
+class Expected:
+    def __init__(self, options: ExpectedOptions | None = None) -> None:
+        self._options = options or ExpectedOptions()
+        self.in_flight: InFlight[_Note] = InFlight()
+        self._states: dict[str, _State] = {}
+        self._timings: dict[str, Timing] = {}
+        self._pools: dict[str, str] = {}
+        self._turn = 0
+        self._mean_prefill_s = 0.0
+
+    # -- choosing ------------------------------------------------------------------------------------------------------
+
+    def pick(self, question: Question, replicas: Sequence[Replica], now_s: float) -> Choice | None:
+        best: tuple[float, float, int] | None = None
+        chosen = None
+        scores: dict[str, float] = {}
+        busy = self._busy(replicas, now_s)
+        for replica in replicas:
+            state = self._state(replica)
+            if not replica.open:
+                continue
+            cached, parts, money = self._estimate(question, replica, state, busy, now_s)
+            seconds = sum(parts.values())
+            weight = self._options.cost_weight
+            score = (1 - weight) * seconds + weight * money * self._options.seconds_per_money
+            scores[replica.name] = score
+            rank = (score, seconds, state.last_turn)
+            if best is None or rank < best:
+                best = rank
+                chosen = (replica.name, cached, parts)
+        if chosen is None:
+            return None
+        name, cached, parts = chosen
+        own_s = parts["queue"] + parts["prefill"] + parts["answer"] + parts["unexplained"]
+        return Choice(name, own_s, cached, parts, scores)
+
+    def _busy(self, replicas: Sequence[Replica], now_s: float) -> float:
+        """Share of their time that the open ones spend on prefills, lately; at most nine tenths."""
+        states = [self._state(replica) for replica in replicas if replica.open]
+        recent_s = sum(state.recent_s(now_s) for state in states)
+        return min(0.9, recent_s / (self._options.overlap_s * max(1, len(states))))
+
+    def _estimate(
+        self, question: Question, replica: Replica, state: _State, busy: float, now_s: float
+    ) -> tuple[int, dict[str, float], float]:
+        options, timing = self._options, self._timing(replica.name)
+        match = state.holdings.match(question)
+        cached = min(match.num_tokens, question.num_tokens - 1)
+        sent = self.in_flight.of(replica.name)
+        decoding = sum(1 for one in sent if one.first_s is not None)
+        foreign = state.foreign_running(now_s)
+
+        features = prefill(question.num_tokens, cached, sum(match.slower.values()), decoding)
+        prefill_s = timing.prefill_s(replica.name, features)
+        queue_s = self._queue_s(question, replica, state, sent, now_s) + state.foreign_waiting(now_s) * self._mean_prefill_s
+        # Whoever runs there now is, on average, half way through: half of them are company for the whole answer.
+        beside = len(sent) + foreign
+        context = state.tokens_in_flight / 2 + question.num_tokens
+        token_s = timing.token_s(replica.name, beside / 2 + 1, context)
+        answer_s = question.output_tokens * token_s
+        alone_s = timing.token_s(replica.name, beside / 2, state.tokens_in_flight / 2)
+        overlap = options.overlap_s / answer_s if answer_s > 0 else 0.0
+        new = 1.0 / (1 + state.num_answers)
+        parts = {
+            "queue": queue_s,
+            "prefill": prefill_s,
+            "answer": answer_s,
+            "later": options.later_weight * prefill_s / (1 - busy),
+            "others": options.others_weight
+            * (decoding + foreign)
+            * (timing.stall * prefill_s + question.output_tokens * (token_s - alone_s)),
+            "overlap": state.recent_s(now_s) / (1 + overlap),
+            "unexplained": max(0.0, state.late_s(now_s)) / (4 + state.late_weight(now_s)),
+            "failures": options.failure_s * state.failures(now_s) / (1 + state.failures(now_s)),
+            "new": new * queue_s,
+        }
+        price = replica.price
+        money = price.input * (question.num_tokens - cached) + price.cached * cached + price.output * question.output_tokens
+        return cached, parts, money
+
+    def _queue_s(self, question: Question, replica: Replica, state: _State, sent: Sequence[Sent[_Note]], now_s: float) -> float:
+        drain_s = 0.0
+        head = True
+        for one in sent:
+            if one.first_s is not None:
+                continue
+            if replica.obeys_priorities and one.question.priority < question.priority and not head:
+                continue
+            left_s = one.note.prefill_s
+            if head:
+                # What was computed of it already counts; once it is late, it is expected to be late for as long again.
+                left_s = abs(left_s - (now_s - max(one.began_s, state.last_first_s)))
+                head = False
+            drain_s += left_s
+        return max(drain_s, self._room_s(question, replica, state, sent, now_s))
+
+    def _room_s(self, question: Question, replica: Replica, state: _State, sent: Sequence[Sent[_Note]], now_s: float) -> float:
+        """Until those there have given back what the question needs of memory."""
+        if replica.capacity_tokens is None:
+            return 0.0
+        lacking = state.tokens_in_flight + _tokens(question) - replica.capacity_tokens
+        if lacking <= 0:
+            return 0.0
+        room_s = 0.0
+        for one in sorted(sent, key=lambda one: one.note.due_s):
+            room_s = abs(one.note.due_s - now_s)
+            lacking -= _tokens(one.question)
+            if lacking <= 0:
+                break
+        return room_s
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def began(self, request: RequestId, question: Question, choice: Choice, now_s: float) -> None:
+        name = choice.replica
+        state, timing = self._states[name], self._timing(name)
+        decoding = sum(1 for one in self.in_flight.of(name) if one.first_s is not None)
+        match = state.holdings.match(question)
+        features = prefill(question.num_tokens, match.num_tokens, sum(match.slower.values()), decoding)
+        prefill_s = timing.prefill_s(name, features)
+        capacity = state.holdings.capacity_tokens
+        state.tokens_in_flight += _tokens(question)
+        crowded = capacity is not None and state.tokens_in_flight > capacity
+        trail = state.holdings.sent(question)
+        expected_s = choice.expected_s or 0.0
+        wait_s = choice.reasons.get("queue", 0.0)
+        note = _Note(trail, features, prefill_s, wait_s, now_s + expected_s, state.prefilled_s, crowded)
+        self.in_flight.began(request, Sent(question, choice, now_s, note))
+        state.recent_s.add(prefill_s, now_s)
+        self._mean_prefill_s += 0.02 * (prefill_s - self._mean_prefill_s)
+        self._turn += 1
+        state.last_turn = self._turn
+
+    def first_token(self, request: RequestId, now_s: float) -> None:
+        sent = self.in_flight[request]
+        if sent.first_s is not None:
+            return
+        sent.first_s = now_s
+        name, note = sent.choice.replica, sent.note
+        state = self._states.get(name)
+        if state is None:
+            return
+        state.holdings.settled(note.trail)
+        if state.departing and now_s - state.last_first_s > _SAME_MOMENT_S:
+            self._learn_prefill(name, state)
+        if not state.departing:
+            state.departing_from_s = max(sent.began_s, state.last_first_s)
+        state.departing.append(note)
+        state.last_first_s = now_s
+        late_s = now_s - sent.began_s - note.wait_s - note.prefill_s
+        state.late_s.add(late_s, now_s)
+        state.late_weight.add(1.0, now_s)
+        state.prefilled_s += note.prefill_s
+        left_s = note.due_s - sent.began_s - note.wait_s - note.prefill_s
+        sent.note = note._replace(due_s=now_s + max(0.0, left_s), prefilled_s=state.prefilled_s)
+
+    def _learn_prefill(self, name: str, state: _State) -> None:
+        """Prompts are prefilled one after the other: each took from the one before it, or from when it came."""
+        took_s = state.last_first_s - state.departing_from_s
+        if took_s > 0 and not any(note.crowded for note in state.departing):
+            whole = state.departing[0].features
+            for note in state.departing[1:]:
+                whole += note.features
+            self._timing(name).prefilled(name, whole, took_s)
+        state.departing = []
+
+    def ended(self, request: RequestId, now_s: float, *, output_tokens: int, cached_tokens: int | None = None) -> None:
+        sent = self.in_flight.over(request)
+        name, note = sent.choice.replica, sent.note
+        state = self._states.get(name)
+        if state is None:
+            return
+        state.num_answers += 1
+        state.tokens_in_flight -= _tokens(sent.question)
+        slack = self._options.count_slack_tokens
+        state.holdings.answered(sent.question, note.trail, output_tokens, cached_tokens, slack)
+        if sent.first_s is not None and output_tokens > 1 and now_s > sent.first_s:
+            token_s = (now_s - sent.first_s) / (output_tokens - 1)
+            share = (state.prefilled_s - note.prefilled_s) / (now_s - sent.first_s) * token_s
+            beside = len(self.in_flight.of(name)) + 1
+            context = state.tokens_in_flight + _tokens(sent.question)
+            self._timing(name).decoded(name, beside, context, share, token_s)
+
+    def failed(self, request: RequestId, now_s: float, *, fault: bool = True) -> None:
+        sent = self.in_flight.over(request)
+        state = self._states.get(sent.choice.replica)
+        if state is None:
+            return
+        state.tokens_in_flight -= _tokens(sent.question)
+        if sent.first_s is None:
+            state.holdings.failed(sent.question, sent.note.trail)
+        if fault:
+            state.failures.add(1.0, now_s)
+
+    def events(self, replica: str, events: Sequence[CacheEvent], now_s: float) -> None:
+        if replica in self._states:
+            self._states[replica].holdings.events(events)
+
+    def load(self, replica: str, load: Load, now_s: float) -> None:
+        """Requests there that are not ours."""
+        state = self._states.get(replica)
+        if state is None:
+            return
+        sent = self.in_flight.of(replica)
+        waiting = sum(1 for one in sent if one.first_s is None)
+        for known, foreign in (
+            (state.foreign_waiting, max(0, load.waiting - waiting)),
+            (state.foreign_running, max(0, load.running + min(0, load.waiting - waiting) - (len(sent) - waiting))),
+        ):
+            known.add(foreign - known(now_s), now_s)
+
+    def removed(self, replica: str) -> None:
+        self._states.pop(replica, None)
+        self._timing(replica).removed(replica)
+        self._pools.pop(replica, None)
+
+    def _state(self, replica: Replica) -> _State:
+        state = self._states.get(replica.name)
+        if state is None:
+            state = self._states[replica.name] = _State(self._options)
+            state.tokens_in_flight = sum(_tokens(one.question) for one in self.in_flight.of(replica.name))
+            state.started_s = replica.started_s
+        if replica.started_s != state.started_s:
+            state.started_s = replica.started_s
+            state.num_answers = 0
+            state.holdings.clear()
+        state.holdings.capacity_tokens = replica.capacity_tokens
+        self._pools[replica.name] = replica.pool
+        return state
+
+    def _timing(self, replica: str) -> Timing:
+        pool = self._pools.get(replica, "")
+        timing = self._timings.get(pool)
+        if timing is None:
+            timing = self._timings[pool] = Timing()
+        return timing
+
+
+def _tokens(question: Question) -> int:
+    """Room that a request takes while it runs."""
+    return question.num_tokens + question.output_tokens

@@ -1,0 +1,98 @@
+"""Recorded traffic as arrivals: Mooncake's chat service, sessions of Claude Code, and a small generated load.
+
+Traces have no texts, but ids of blocks; the ids of a coding session mean nothing in another one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from anaphora.errors import ConfigError
+from anaphora.routing.base import Question, question
+from anaphora.routing.simulation import Arrival
+from anaphora.types import BlockHash
+
+SESSIONS_APART_S = 120.0
+"""Sessions of Claude Code were recorded one by one; here one begins every two minutes."""
+MAX_TOKENS = 200_000
+"""Longer prompts of the coding sessions are left out: five of a hundred, which need a larger machine than the others."""
+_COARSE = 8
+"""Of the coding sessions' blocks of 64 tokens, so many make one: a prompt has thousands."""
+
+
+def mooncake(data: Path) -> list[Arrival]:
+    """An hour's first half of a chat service: 512 tokens a block, of which all prompts share the first one."""
+    path = _found(data / "mooncake" / "conversation_first6015.jsonl.gz")
+    with gzip.open(path) as lines:
+        rows = [json.loads(line) for line in lines]
+    return [
+        Arrival(row["timestamp"] / 1e3, _asked("", row["hash_ids"], 512, row["input_length"]), row["output_length"])
+        for row in rows
+    ]
+
+
+def claude_code(data: Path) -> list[Arrival]:
+    """Sessions of a coding agent: long prompts that grow by a little with every turn."""
+    path = _found(data / "kv-cache-tester" / "claude_code_traces_mod8_1.tar.gz")
+    arrivals: list[Arrival] = []
+    with tarfile.open(path) as archive:
+        members = sorted((m for m in archive.getmembers() if m.name.endswith(".json")), key=lambda m: m.name)
+        for number, member in enumerate(members):
+            file = archive.extractfile(member)
+            assert file is not None
+            session = json.load(file)
+            for row in _all_requests(session["requests"]):
+                asked = _asked(session["id"], row["hash_ids"][_COARSE - 1 :: _COARSE], 64 * _COARSE, row["in"])
+                arrivals.append(Arrival(SESSIONS_APART_S * number + float(row["t"]), asked, max(1, row["out"])))
+    return sorted(arrivals, key=lambda arrival: arrival.at_s)
+
+
+def generated(num_sessions: int = 60, seed: int = 1) -> list[Arrival]:
+    """Conversations over a handful of long system prompts, which some share; each turn adds to the one before."""
+    rng = Random(seed)
+    arrivals = []
+    begin_s = 0.0
+    for session in range(num_sessions):
+        begin_s += rng.expovariate(1 / 4.0)
+        system = rng.randrange(8)
+        chain = [BlockHash(f"system {system}/{index}".encode()) for index in range(8)]
+        at_s, num_tokens = begin_s, 512 * len(chain)
+        for turn in range(rng.randrange(1, 10)):
+            num_tokens += rng.randrange(50, 3000)
+            chain += [BlockHash(f"session {session}/{turn}/{index}".encode()) for index in range(len(chain), num_tokens // 512)]
+            output_tokens = rng.randrange(20, 600)
+            arrivals.append(Arrival(at_s, question(chain, 512, num_tokens), output_tokens))
+            num_tokens += output_tokens
+            at_s += rng.expovariate(1 / 20.0)
+    return sorted(arrivals, key=lambda arrival: arrival.at_s)
+
+
+def scaled(arrivals: Sequence[Arrival], times: float) -> list[Arrival]:
+    """The same, `times` as fast, from 0 on."""
+    begin_s = arrivals[0].at_s
+    return [Arrival((arrival.at_s - begin_s) / times, arrival.question, arrival.output_tokens) for arrival in arrivals]
+
+
+def _asked(space: str, ids: Sequence[object], block_size: int, num_tokens: int) -> Question:
+    full = ids[: num_tokens // block_size]
+    return question([BlockHash(f"{space}/{id}".encode()) for id in full], block_size, num_tokens)
+
+
+def _all_requests(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if "requests" in row:
+            yield from _all_requests(row["requests"])
+        elif "hash_ids" in row and 0 < row["in"] <= MAX_TOKENS:
+            yield row
+
+
+def _found(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"ANAPHORA_DATA: there is no {path}")
+    return path
