@@ -200,7 +200,9 @@ class Meter:
         *,
         asked: Asked = NOBODY,
         bill: Bill | None = None,
+        refresh: bool = False,
     ) -> None:
+        self._refresh = refresh
         self._asked = asked
         self._bill = bill
         self._begin: Begin | None = None
@@ -264,6 +266,7 @@ class Meter:
                 asked.request_id,
                 asked.workspace,
                 asked.tag,
+                self._refresh,
             )
         )
 

@@ -193,6 +193,8 @@ class Answered(msgspec.Struct, frozen=True):
     workspace: str = ""
     tag: str = ""
     """The client's own label."""
+    refresh: bool = False
+    """Nobody waited for it: its client was given an older answer, as another event tells."""
 
 
 class Billed(msgspec.Struct, frozen=True):

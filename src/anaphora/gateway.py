@@ -14,7 +14,7 @@ from anaphora.answer import Answer, Live, Meter, Recalled, Source
 from anaphora.backends.base import Backend, Foreign, Forwarded, Hosting, StandsIn
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
-from anaphora.errors import NotCached, NotFound, ServiceError
+from anaphora.errors import LimitReached, NotCached, NotFound, ServiceError
 from anaphora.events import Computed, Emit, Failed, Forgotten, Hit, MissReason, ignore
 from anaphora.flight import Flights
 from anaphora.forgets import Forgets
@@ -33,6 +33,8 @@ NO_DIRECTIVES = CacheControl()
 
 _ALONE = frozenset({MissReason.NO_CACHE, MissReason.SAMPLED, MissReason.EMPTY_BUCKET})
 """Misses of requests that want a computation of their own: they join nobody, and nobody joins them."""
+_REFRESH = ".refresh"
+"""Behind the id of a request: the computation that nobody waits for."""
 _BYPASS = frozenset({MissReason.SAMPLED, MissReason.PREWARM, MissReason.UNKNOWN_MODEL})
 """Misses of requests that the answer cache does not serve at all."""
 
@@ -166,18 +168,26 @@ class Gateway:
         form = None if request.native is None else (request.native.dialect, request.native.credential, request.stream)
         key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, request.keep, recalled.mark, form)
         asking = request if bill is None else bill.keeping(request)
-        request_id = "" if asked is None else asked.request_id
+        asked = asked or NOBODY
+        if older is not None:
+            answer = Recalled(older, recalled.key or older.key, recalled.misses)
+            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, asked))
+            asked = msgspec.structs.replace(asked, request_id=f"{asked.request_id}{_REFRESH}" if asked.request_id else "")
+        request_id = asked.request_id
         if self._allowance is not None:
-            self._allowance.reserve(request, request_id)
+            try:
+                self._allowance.reserve(request, request_id)
+            except LimitReached:
+                if older is None:
+                    raise
+                return answer  # and it stays as old as it is
         subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
         if self._allowance is not None and subscription.collapsed:
             self._allowance.settle(request_id, 0, 0)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
-        meter = Meter(request, source, started_s, self._clock, self._emit, asked=asked or NOBODY, bill=bill)
+        meter = Meter(request, source, started_s, self._clock, self._emit, asked=asked, bill=bill, refresh=older is not None)
         if older is not None:
             self._refresh(Live(subscription, source, recalled, meter, bill))
-            answer = Recalled(older, recalled.key or older.key, recalled.misses)
-            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, asked or NOBODY))
             return answer
         if_error_s = self._stale.if_error_s if control.stale_if_error_s is None else control.stale_if_error_s
         return Live(subscription, source, recalled, meter, bill, lambda: self._older(request, control, recalled, if_error_s))

@@ -38,7 +38,7 @@ def test_any_grouping_adds_up_to_the_same(written: list[Entry], by: set[str]) ->
 
 def by_hand(written: Sequence[Entry]) -> Sums:
     sums = Sums(
-        num_requests=len(written),
+        num_requests=sum(entry.level != "refresh" for entry in written),
         num_failed=sum(entry.outcome == "failed" for entry in written),
         num_left=sum(entry.outcome == "left" for entry in written),
         num_unpriced=sum(not entry.priced for entry in written),

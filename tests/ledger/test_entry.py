@@ -65,13 +65,17 @@ def answered(
     return Answered(Tenant("a"), "m", source, outcome, usage, ("end_turn",), 1.0, 0.25, **more)
 
 
-@given(usages(), sources, outcomes, prices)
-def test_paid_and_saved_are_what_it_would_have_cost(usage: Usage, source: Any, outcome: Any, price: Price) -> None:
-    """Without the caches it would have been computed: a computed answer plain, a remembered one as it was computed."""
+@given(usages(), sources, outcomes, st.booleans(), prices)
+def test_paid_and_saved_are_what_it_would_have_cost(
+    usage: Usage, source: Any, outcome: Any, refresh: bool, price: Price
+) -> None:
+    """Without the caches it would have been computed: a computed answer plain, a remembered one as it was computed. What was
+    only computed to be remembered would not have been."""
     pricing = Prices((price,))
-    made = entry(answered(source, usage, outcome, begun=usage), NOW_S, pricing)
-    assert made.paid + made.saved_prompts + made.saved_answers == counterfactual(source, usage, outcome, pricing)
-    assert not made.saved_answers or not (made.saved_prompts or made.paid)
+    made = entry(answered(source, usage, outcome, begun=usage, refresh=refresh), NOW_S, pricing)
+    expected = 0 if refresh else counterfactual(source, usage, outcome, pricing)
+    assert made.paid + made.saved_prompts + made.saved_answers == expected
+    assert not made.saved_answers or not made.saved_prompts
 
 
 def counterfactual(source: str, usage: Usage, outcome: str, pricing: Prices) -> int:

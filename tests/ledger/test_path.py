@@ -18,7 +18,7 @@ from anaphora.clock import ManualClock
 from anaphora.config import LimitConfig
 from anaphora.errors import BackendFailed, LimitReached, NotCached
 from anaphora.events import Event
-from anaphora.gateway import Gateway
+from anaphora.gateway import Gateway, Stale
 from anaphora.ledger.allowance import Allowance
 from anaphora.ledger.book import Book
 from anaphora.ledger.entry import Entry
@@ -30,33 +30,43 @@ from anaphora.levels.exact import ExactLevel, ExactOptions
 from anaphora.memory import Memory
 from anaphora.policies.lru import LRU
 from anaphora.prompt import Prompt
-from anaphora.store import Store
+from anaphora.store import Store, StoreOptions
 from anaphora.tiers.ram import RamOptions, RamTier
 from anaphora.types import CacheControl, Key, Message, Request, Sampling, Tenant, TextPart
 
 PRICES = Prices((Price(model="echo", input=Decimal(1), output=Decimal(1)),))
 T = Tenant("t")
+TTL_S, KEPT_S = 60.0, 600.0
 
 
 class Bench:
     """A gateway over echo and memory, with limits, whose events a recorder takes."""
 
-    def __init__(self, folder: Path, gate: Gate | None = None, **limits: int | Decimal) -> None:
+    def __init__(self, folder: Path, gate: Gate | None = None, *, stale: Stale | None = None, **limits: int | Decimal) -> None:
         self.clock = ManualClock()
         self.backend = EchoBackend(gate=gate, clock=self.clock)
         given = LimitConfig("*", **limits)  # type: ignore[arg-type]
         self.allowance = Allowance([given], Tallies(), PRICES, self.clock)
         self.recorder = Recorder(folder / "ledger.db", PRICES, self.clock, tell=lambda event: None, settles=self.allowance)
         policy: LRU[Key] = LRU()
-        store = Store([RamTier(RamOptions(), policy=policy, clock=self.clock)], clock=self.clock)
-        level = ExactLevel(ExactOptions(), store=store, clock=self.clock)
+        options = StoreOptions(ttl_s=None if stale is None else TTL_S + KEPT_S)
+        store = Store([RamTier(RamOptions(), policy=policy, clock=self.clock)], clock=self.clock, options=options)
+        level = ExactLevel(ExactOptions(stale_s=0.0 if stale is None else KEPT_S), store=store, clock=self.clock)
         catalogue = Catalogue(self.backend, ["also-echo"])
 
         def emit(event: Event) -> None:
             self.recorder.record(event)
 
         memory = Memory([level], fingerprint=catalogue.fingerprint, emit=emit)
-        self.gateway = Gateway(self.backend, memory, catalogue, allowance=self.allowance, clock=self.clock, emit=emit)
+        self.gateway = Gateway(
+            self.backend,
+            memory,
+            catalogue,
+            allowance=self.allowance,
+            stale=stale or Stale(),
+            clock=self.clock,
+            emit=emit,
+        )
         self._book = folder / "ledger.db"
         self._num_asked = 0
 
@@ -217,6 +227,59 @@ def test_who_joins_a_computation_reserves_nothing_of_his_own() -> None:
             await answer.whole()
         await bench.landed()
         assert [entry.level for entry in bench.entries()] == ["computed"] + 4 * ["collapsed"]
+        assert bench.remaining() == [1000 - 8]
+
+    run(body)
+
+
+def test_an_answer_that_is_computed_anew_behind_an_older_one_is_paid_once_and_saves_nothing_in_the_end() -> None:
+    async def body(folder: Path) -> None:
+        bench = Bench(folder, stale=Stale(while_revalidate_s=500), requests_per_day=10, tokens_per_day=1000)
+        gateway = bench.gateway
+        await gateway.start()
+        await bench.whole()
+        bench.clock.advance(100)
+        await bench.whole()
+        await asyncio.gather(*gateway._refreshing)
+        await bench.landed()
+        first, *rest = bench.entries()
+        old, new = sorted(rest, key=lambda entry: entry.level)
+        assert (old.level, new.level, new.request_id) == ("exact", "refresh", f"{old.request_id}.refresh")
+        assert (old.saved_answers, new.paid, new.saved_answers) == (first.paid, first.paid, -first.paid)
+        assert bench.remaining() == [8, 1000 - 16]
+
+    run(body)
+
+
+def test_without_a_budget_an_older_answer_stays_as_old_as_it_is() -> None:
+    async def body(folder: Path) -> None:
+        bench = Bench(folder, stale=Stale(while_revalidate_s=500), tokens_per_day=1)
+        await bench.gateway.start()
+        await bench.whole()
+        bench.clock.advance(100)
+        await bench.whole()
+        assert bench.backend.runs == 1
+        assert [entry.level for entry in bench.entries()] == ["computed", "exact"]
+
+    run(body)
+
+
+def test_what_could_not_be_computed_and_was_remembered_after_all_holds_no_reservation() -> None:
+    async def body(folder: Path) -> None:
+        failing = False
+
+        async def gate(index: int) -> None:
+            if failing:
+                raise BackendFailed("The echo was told to fail.")
+
+        bench = Bench(folder, gate, stale=Stale(if_error_s=500), tokens_per_day=1000)
+        await bench.gateway.start()
+        await bench.whole()
+        bench.clock.advance(100)
+        failing = True
+        await bench.whole()
+        first, old = bench.entries()
+        assert (old.level, old.paid, old.saved_answers) == ("exact", 0, first.paid)
         assert bench.remaining() == [1000 - 8]
 
     run(body)

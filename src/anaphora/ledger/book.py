@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from anaphora.errors import AnaphoraError
-from anaphora.ledger.entry import Entry
+from anaphora.ledger.entry import REFRESH, Entry
 from anaphora.ledger.query import DIMENSIONS, Group, Query, Sums
 
 FORMAT = 1
@@ -36,7 +36,7 @@ PRAGMA user_version = {FORMAT};
 _INSERT = f"INSERT INTO requests ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
 
 _COUNTED = {
-    "num_requests": "COUNT(*)",
+    "num_requests": f"SUM(level != '{REFRESH}')",
     "num_failed": "SUM(outcome = 'failed')",
     "num_left": "SUM(outcome = 'left')",
     "num_unpriced": "SUM(priced = 0)",

@@ -2,7 +2,8 @@
 
 What a request was charged is `paid`. What it saved is never said twice: an answer that was remembered, or shared, saves what
 computing it would have been charged, reads of prompt caches included; a computed answer saves what its reads of prompt caches
-cost less than plain input, less what writing them cost more.
+cost less than plain input, less what writing them cost more. What was only computed to be remembered (`refresh`) would not
+have been paid without remembering: that its savings take back.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ PER_USD = 10**12
 """Units of money in one US dollar. A token at a price of six decimals per million tokens is a whole number of them."""
 
 LIFETIMES = ("5m", "30m", "1h", "12h")
+REFRESH = "refresh"
 NO_USAGE = Usage()
 
 
@@ -43,7 +45,8 @@ class Entry(msgspec.Struct, array_like=True):
     """The model, as whoever answered names it."""
     upstream: str
     level: str
-    """Who answered: a level of memory (`exact`), `collapsed` (another request's computation), `computed`, `bypass`."""
+    """Who answered: a level of memory (`exact`), `collapsed` (another request's computation), `computed`, `bypass`. `refresh`:
+    nobody was answered, but an answer past its lifetime, which somebody was given, was computed anew. It is no request."""
     outcome: Literal["finished", "failed", "left"]
     input: int = 0
     """Tokens of the prompt at the plain price; those read and written are counted apart."""
@@ -101,8 +104,10 @@ def entry(event: Answered, at_s: float, pricing: Pricing, computed: Usage | None
         first_us=None if event.first_s is None else round(event.first_s * 1e6),
         whole_us=round(event.elapsed_s * 1e6),
     )
+    if event.refresh:
+        made.first_us, made.whole_us = None, 0
     if event.source in ("hit", "collapsed"):
-        if event.outcome == "finished":
+        if event.outcome == "finished" and not event.refresh:
             _save(made, event.usage if event.upstream or event.billed is None else event.billed, pricing)
         return made
     if event.outcome == "finished":
@@ -132,10 +137,13 @@ def charge(made: Entry, usage: Usage, pricing: Pricing) -> None:
         return
     cost, plain = pricing.cost(made.model, made.upstream, usage), pricing.cost(made.model, made.upstream, uncached(usage))
     if cost is None or plain is None:
-        made.priced, made.paid, made.saved_prompts = 0, 0, 0
+        made.priced, made.paid, made.saved_prompts, made.saved_answers = 0, 0, 0, 0
     else:
         made.paid = units(cost)
-        made.saved_prompts = units(plain) - made.paid
+        if made.level == REFRESH:
+            made.saved_answers = -made.paid  # without an answer cache nobody would have computed it
+        else:
+            made.saved_prompts = units(plain) - made.paid
 
 
 def _save(made: Entry, usage: Usage, pricing: Pricing) -> None:
@@ -148,6 +156,8 @@ def _save(made: Entry, usage: Usage, pricing: Pricing) -> None:
 
 
 def _level(event: Answered) -> str:
+    if event.refresh:
+        return REFRESH
     if event.source == "hit":
         return event.level or "exact"
     return "computed" if event.source == "miss" else event.source

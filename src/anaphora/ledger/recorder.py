@@ -144,7 +144,7 @@ class Recorder:
         made = entry(event, at_s, self._pricing, computed)
         if leads and event.outcome != "finished" and computed is None and event.request_id:
             _remember(self._left, event.request_id, made)
-        if self._settles is not None and leads:
+        if self._settles is not None:
             self._settles.settle(event.request_id, made.tokens, made.paid)
         if self._notes is not None:
             self._notes.record(made)

@@ -18,7 +18,8 @@ class _Named(msgspec.Struct, frozen=True):
 
 
 class Elsewhere(Endpoint):
-    """Any path below `/v1/` that nothing else is at. Nothing of it is remembered or accounted for."""
+    """Any path below `/v1/` that nothing else is at. Nothing of it is remembered or accounted for, but it counts as a
+    request where the tenant has limits."""
 
     async def answer(self, call: Call) -> None:
         body = await call.body()
@@ -28,6 +29,8 @@ class Elsewhere(Endpoint):
         dialect = dialect_of(connection["path"], call.head)
         native = passing.native(dialect.name, body, call.head, own_keys=bool(self.api.keyring), further=("content-type",))
         asked = Foreign(dialect.name == "anthropic", connection["method"], path, native, _model(body))
+        if self.api.books is not None and self.api.books.allowance is not None:
+            self.api.books.allowance.admit(call.tenant)
         forwarded = await self.api.gateway.forward(asked)
         copying = asyncio.create_task(_copy(call, forwarded), name="anaphora-forward")
         gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
