@@ -80,12 +80,14 @@ def usages(draw: st.DrawFn, dialect: str) -> Usage:
 def choices(draw: st.DrawFn, dialect: str) -> Choice:
     """What an answer may be that the dialect can say."""
     content: list[TextPart | ThinkingPart | ToolUsePart] = []
-    entries = draw(st.none() | logprobs) if dialect in ("openai_chat", "openai_completions") else None
+    told = dialect in ("openai_chat", "openai_completions")
     if dialect != "openai_completions" and draw(st.booleans()):
         signature = "" if dialect == "openai_chat" else draw(st.just("") | name)
         content.append(ThinkingPart(draw(words), signature))
     if draw(st.booleans()):
         content.append(TextPart(draw(words)))
+        told = told or dialect == "openai_responses"
+    entries = draw(st.none() | logprobs) if told else None
     calls = [] if dialect == "openai_completions" else draw(st.lists(st.builds(ToolUsePart, name, name, arguments), max_size=3))
     content += calls
     if dialect == "anthropic" and draw(st.booleans()):

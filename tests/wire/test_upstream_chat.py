@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.wire.providers import (
     CHAT,
     CHAT_USAGE,
@@ -21,6 +24,8 @@ from tests.wire.providers import (
     stream,
     whole,
 )
+from tests.wire.test_same_question import name, value
+from tests.wire.test_sse import cut
 
 from anaphora.errors import ServiceError
 from anaphora.types import (
@@ -89,6 +94,24 @@ def test_calls_that_are_written_at_the_same_time_are_told_one_after_the_other() 
         ToolUsePart("call_a", "f", '{"a":1}'),
         ToolUsePart("call_b", "g", '{"b":2}'),
     )
+
+
+@given(
+    st.lists(st.tuples(name, st.dictionaries(name, value, max_size=3), st.lists(st.integers(0, 99))), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_calls_come_out_whole_however_they_are_mixed(calls: list[tuple[str, Json, list[int]]], random: Random) -> None:
+    expected = [ToolUsePart(f"call_{place}", called, json.dumps(given)) for place, (called, given, _) in enumerate(calls)]
+    pieces = [
+        [piece.decode() for piece in cut(part.arguments.encode(), places)]
+        for part, (_, _, places) in zip(expected, calls, strict=True)
+    ]
+    events = [call_piece(place, "", part.id, part.name) for place, part in enumerate(expected)]
+    while any(pieces):
+        place = random.choice([place for place, left in enumerate(pieces) if left])
+        events.append(call_piece(place, pieces[place].pop(0)))
+    found = completion_of(read(CHAT, stream(*events, chunk({}, "tool_calls"), DONE)))
+    assert (found.choices[0].content, found.faithful) == (tuple(expected), True)
 
 
 def test_a_second_call_is_streamed_once_the_first_is_whole() -> None:
