@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anthropic
@@ -12,7 +14,7 @@ from tests.optimiser.traffic import ON, Json, body, says, text, user
 from anaphora.backends.echo_lengths import Counter
 from anaphora.clock import ManualClock
 from anaphora.optimiser import History, apply, plan
-from anaphora.profiles import Profile, find
+from anaphora.profiles import find
 from anaphora.promises import Books
 from anaphora.testing.plugin import Emulator
 from anaphora.types import LOCAL_TENANT
@@ -27,16 +29,30 @@ def words(count: int, word: str) -> str:
     return " ".join([word] * count)
 
 
-class Wire:
-    """One client of the emulator, with the optimiser in between and books beside it."""
+Wired = Callable[..., "Wire"]
 
-    def __init__(self, emulator: Emulator, api: str, profile: Profile) -> None:
-        self.emulator, self.api, self.profile = emulator, api, profile
-        key = emulator.new_key()
-        self.anthropic = anthropic.Anthropic(base_url=emulator.anthropic_base_url, api_key=key, max_retries=0)
-        self.openai = openai.OpenAI(base_url=emulator.openai_base_url, api_key=key, max_retries=0)
-        self.history, self.books, self.now_s = History(), Books(ManualClock()), 0.0
-        self.counter = Counter()
+
+@pytest.fixture
+def wired(anaphora_emulator: Emulator) -> Iterator[Wired]:
+    """`wired("chat")`: a client of the emulator, as somebody who has no cache yet."""
+    with contextlib.ExitStack() as clients:
+
+        def make(api: str) -> Wire:
+            key, base = anaphora_emulator.new_key(), anaphora_emulator
+            one = clients.enter_context(anthropic.Anthropic(base_url=base.anthropic_base_url, api_key=key, max_retries=0))
+            other = clients.enter_context(openai.OpenAI(base_url=base.openai_base_url, api_key=key, max_retries=0))
+            return Wire(anaphora_emulator, api, one, other)
+
+        yield make
+
+
+class Wire:
+    """One client, with the optimiser in between and books beside it."""
+
+    def __init__(self, emulator: Emulator, api: str, anthropic: anthropic.Anthropic, openai: openai.OpenAI) -> None:
+        self.emulator, self.api, self.anthropic, self.openai = emulator, api, anthropic, openai
+        self.profile = find("claude-opus-5", "anthropic") if api == "messages" else find("gpt-5.6-sol", "openai")
+        self.history, self.books, self.counter, self.now_s = History(), Books(ManualClock()), Counter(), 0.0
 
     def ask(self, request: Json, after_s: float) -> tuple[tuple[int, int], tuple[int, int]]:
         """Tokens read and written: by the emulator, and by our books."""
@@ -80,9 +96,8 @@ def conversation(api: str, number: int, turns: int, *, question: str = "") -> Js
 
 
 @pytest.mark.parametrize("api", ["messages", "chat", "responses"])
-def test_a_conversation_is_charged_as_foretold_and_reads_what_it_wrote(anaphora_emulator: Emulator, api: str) -> None:
-    profile = find("claude-opus-5", "anthropic") if api == "messages" else find("gpt-5.6-sol", "openai")
-    wire = Wire(anaphora_emulator, api, profile)
+def test_a_conversation_is_charged_as_foretold_and_reads_what_it_wrote(wired: Wired, api: str) -> None:
+    wire = wired(api)
     read = []
     for turn in range(4):
         charged, foretold = wire.ask(conversation(api, 1, turn), after_s=30.0)
@@ -92,17 +107,16 @@ def test_a_conversation_is_charged_as_foretold_and_reads_what_it_wrote(anaphora_
 
 
 @pytest.mark.parametrize("api", ["messages", "chat", "responses"])
-def test_one_shot_questions_only_ever_pay_for_the_system_prompt_once(anaphora_emulator: Emulator, api: str) -> None:
-    profile = find("claude-opus-5", "anthropic") if api == "messages" else find("gpt-5.6-sol", "openai")
-    wire = Wire(anaphora_emulator, api, profile)
+def test_one_shot_questions_only_ever_pay_for_the_system_prompt_once(wired: Wired, api: str) -> None:
+    wire = wired(api)
     for number in range(12):
         charged, foretold = wire.ask(conversation(api, number, 0), after_s=60.0)
         assert charged == foretold
     assert charged == (1500, 0)
 
 
-def test_a_wide_turn_reads_what_the_turn_before_wrote(anaphora_emulator: Emulator) -> None:
-    wire = Wire(anaphora_emulator, "messages", find("claude-opus-5", "anthropic"))
+def test_a_wide_turn_reads_what_the_turn_before_wrote(wired: Wired) -> None:
+    wire = wired("messages")
     first = conversation("messages", 1, 1)
     wire.ask(first, after_s=10.0)
     wide = user(*(text(words(20, f"part{number}")) for number in range(40)))

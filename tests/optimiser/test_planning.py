@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.optimiser.traffic import M1H, M5, ON, Json, Site, body, marks_in, says, text, user
 
-from anaphora.optimiser import History, Mark, Plan, Settings, apply, plan
-from anaphora.types import LOCAL_TENANT
+from anaphora.optimiser import Histories, History, Mark, Plan, Settings, apply, plan
+from anaphora.types import LOCAL_TENANT, Tenant
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import Dialect
 from anaphora.wire.openai_chat import OpenAIChat
@@ -230,7 +230,8 @@ def test_tenants_never_share_a_value_that_a_provider_keeps_caches_apart_by() -> 
     values = set()
     for provider in ("openai", "deepseek", "xai"):
         for tenant in ("alice", "bob"):
-            site = Site("gpt-4.1", settings=Settings(mode="on", provider=provider, tenant=tenant))
+            site = Site("gpt-4.1", settings=Settings(mode="on", provider=provider))
+            site.history = Histories().of(Tenant(tenant), "main")
             found, _ = site.ask(request)
             values |= {*map(str, found.fields.values()), *found.headers.values()}
     assert len(values) == 6

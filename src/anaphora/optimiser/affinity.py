@@ -48,8 +48,9 @@ def beginning(prompt: Prompt, lengths: Lengths, minimum: int) -> bytes:
     return digest((b"prompt-beginning", prompt.model.encode(), b"".join(parts)))
 
 
-def value(affinity: Affinity, tenant: str, what: bytes, partition: int = 0) -> str:
-    """A name for what belongs together that says nothing about it. ASCII."""
-    return digest((b"affinity", affinity.by.encode(), tenant.encode(), what, partition.to_bytes(4, "big"))).hex()[
+def value(affinity: Affinity, owner: str, what: bytes, partition: int = 0) -> str:
+    """A name for what belongs together that says nothing about it, in ASCII. No two owners get one value, so that none can tell
+    by how fast an answer comes what another has asked (S5)."""
+    return digest((b"affinity", affinity.by.encode(), owner.encode(), what, partition.to_bytes(4, "big"))).hex()[
         : affinity.length
     ]

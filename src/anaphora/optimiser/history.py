@@ -99,8 +99,9 @@ class _Watch:
 class History:
     """One tenant on one route. Not safe for threads: made for one event loop."""
 
-    def __init__(self, *, max_names: int = 16_384, max_kinds: int = 4_096) -> None:
-        """`max_names`: prefixes that are known. `max_kinds`: kinds of things whose chances are counted, and so for the rest."""
+    def __init__(self, owner: str = "", *, max_names: int = 16_384, max_kinds: int = 4_096) -> None:
+        """`owner`: the tenant. `max_names`: prefixes that are known. `max_kinds`: of everything else, so many each."""
+        self.owner = owner
         self._max_names = max_names
         self._max_kinds = max_kinds
         self._seen: dict[Name, bool] = {}
@@ -303,7 +304,7 @@ class Histories:
     def of(self, tenant: Tenant, route: str) -> History:
         found = self._histories.get((tenant, route))
         if found is None:
-            found = History()
+            found = History(tenant)
         _kept(self._histories, (tenant, route), found, self._max_histories)
         return found
 

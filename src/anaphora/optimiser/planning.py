@@ -24,8 +24,6 @@ class Settings(msgspec.Struct, frozen=True):
     mode: Literal["off", "advise", "on"] = "off"
     provider: str = ""
     """Whose fields and headers for affinity are used: a name of `affinity.AFFINITIES`. Empty: that of the profile."""
-    tenant: str = ""
-    """Whose requests these are: no two tenants get one value of such a field, so that none sees what others have asked."""
     retain: bool = False
     """Ask a classic model to keep prompts for a day (`prompt_cache_retention`). A decision about data, so never by itself."""
 
@@ -163,7 +161,7 @@ class _Planning:
         """Takes breakpoints in the order of their worth, as many as there are."""
         for block, ttl in self.own.items():
             self._say("kept", f"The client's own breakpoint ({ttl}).", self.prompt.blocks[block].path)
-        self._take(last, "marked", "Up to here it is likely to be asked for again.", choice.gain)
+        self._take(last, "marked", "Up to here it is likely to be asked for again.", choice.gain - choice.long_gain)
         self._take(long, "marked", "Up to here for the longer lifetime.")
         if self.read >= 0 and not self._reaches(self.read):
             saved = (self.rates.write if last >= 0 else 1.0) - self.rates.read
@@ -209,7 +207,7 @@ class _Planning:
         name = settings.provider or ("" if self.profile.generic else self.profile.provider)
         affinity = AFFINITIES.get(name)
         if affinity is not None and self.lengths.total >= self.profile.minimum:
-            self._bind(name, affinity, settings.tenant)
+            self._bind(name, affinity)
         if (
             settings.retain
             and not self.profile.generic
@@ -220,7 +218,7 @@ class _Planning:
             self.fields["prompt_cache_retention"] = "24h"
             self._say("retention", "Kept for a day instead of minutes, at no charge.")
 
-    def _bind(self, name: str, affinity: Affinity, tenant: str) -> None:
+    def _bind(self, name: str, affinity: Affinity) -> None:
         if affinity.field == "prompt_cache_key" and self.prompt.cache_key is not None:
             self._say("kept", "The client's own prompt_cache_key.")
             return
@@ -234,7 +232,7 @@ class _Planning:
             what = beginning(self.prompt, self.lengths, self.profile.minimum)
             partition = self.history.lane(what, talk, self.profile.keys_per_minute, self.now_s)
             self.lane = Lane(what, talk, partition)
-        found = value(affinity, tenant, what, partition)
+        found = value(affinity, self.history.owner, what, partition)
         if affinity.header:
             self.headers[affinity.header] = found
         else:
