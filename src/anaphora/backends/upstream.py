@@ -336,11 +336,18 @@ class Upstream:
                 raise self._late(what, allowed_s, elsewhere=not said) from error
             if not chunk:
                 raise BackendFailed(f"The upstream {self.name} cut its answer off.")
-            for delta in reader.feed(chunk):
+            failure = None
+            try:
+                reader.feed(chunk)
+            except ServiceError as error:  # what came before it is good
+                failure = error
+            for delta in reader.deltas:
                 said = said or not isinstance(delta, Raw | Begin | Finish)
                 yield delta
                 if isinstance(delta, End):
                     return
+            if failure is not None:
+                raise failure
 
     def _left_s(self, started_s: float) -> float:
         return self.options.total_s - (self._clock.monotonic_s() - started_s)

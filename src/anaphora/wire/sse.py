@@ -53,13 +53,17 @@ class Splitter:
         self._lone_cr = False  # so did the last line end
         self._fields = _Fields()
         self._first = True
+        self.events: list[Event] = []
+        """Those of the latest chunk. They are good even if `feed` raised for what came behind them."""
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that end in `chunk`. Raises BackendFailed for what is no event stream."""
+        events = self.events = []
         if self._is_whole(chunk):
-            return [_event(part) for part in chunk[:-2].split(b"\n\n")]
+            for part in chunk[:-2].split(b"\n\n"):
+                events.append(_event(part))  # noqa: PERF401 - those before a wrong one count
+            return events
         self._buffer += chunk
-        events: list[Event] = []
         taken = 0  # where the unfinished event begins
         while (found := _LINE_END.search(self._buffer, self._scan)) is not None:
             lone_cr = found.end() - found.start() == 1 and self._buffer[found.start()] == _CR

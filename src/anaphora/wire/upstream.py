@@ -50,6 +50,9 @@ class Body(dict[str, object]):
 class Reader(Protocol):
     """Reads one streamed answer."""
 
+    deltas: list[Delta]
+    """What the latest chunk means, also where `feed` raised for what came behind that."""
+
     def feed(self, chunk: bytes) -> list[Delta]:
         """What the events that end in `chunk` mean: for each its `Raw`, then its deltas. Nothing comes after End.
 
@@ -120,16 +123,24 @@ class EventReader(ABC):
         self._splitter = Splitter()
         self.faithful = True
         self.ended = False
+        self.deltas: list[Delta] = []
 
     def feed(self, chunk: bytes) -> list[Delta]:
-        deltas: list[Delta] = []
-        for event in self._splitter.feed(chunk):
+        deltas = self.deltas = []
+        failure = None
+        try:
+            events = self._splitter.feed(chunk)
+        except BackendFailed as error:
+            events, failure = self._splitter.events, error
+        for event in events:
             if self.ended:
                 break
             said = [] if event.data is None else list(self.read(event, event.data))
             if not self.hides(event):
                 deltas.append(Raw(self.dialect, event.raw))
             deltas += said
+        if failure is not None and not self.ended:
+            raise failure
         return deltas
 
     @abstractmethod
