@@ -132,13 +132,14 @@ def _fleet(config: Config, local: Backend | None, clock: Clock, emit: Emit) -> F
     optimising = Optimising(clock=clock, emit=emit)
 
     shared = set(UpstreamOptions.__struct_fields__) & set(UpstreamConfig.__struct_fields__)
-    upstreams = []
-    for one in config.gateway.upstreams:
+
+    def make(one: UpstreamConfig) -> Upstream:
         fields = {name: getattr(one, name) for name in shared}
         optimiser = optimiser_options(config.gateway.optimiser, one)
         options = UpstreamOptions(**fields, anthropic=one.dialect == "anthropic", key=upstream_key(one), optimiser=optimiser)
-        upstreams.append(Upstream(options, _dialects(one), optimising=optimising, clock=clock))
-    return Fleet(upstreams, config.gateway, local=local, optimising=optimising, clock=clock)
+        return Upstream(options, _dialects(one), optimising=optimising, clock=clock)
+
+    return Fleet(config.gateway, make, local=local, optimising=optimising, clock=clock)
 
 
 def _dialects(upstream: UpstreamConfig) -> dict[str, UpstreamDialect]:

@@ -47,6 +47,8 @@ class ApiKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenant: Name
     workspace: str = ""
     """Of the tenant: what prompt caching promises there holds in no other workspace."""
+    admin: bool = False
+    """It may change who answers (`POST /anaphora/replicas`)."""
     key: str = ""
     key_env: str = ""
 
@@ -207,7 +209,7 @@ class RouteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     models: tuple[Name, ...]
     upstreams: tuple[Name, ...]
-    """One of them is asked."""
+    """One of them is asked. Patterns may stand for several, also for such as are added later."""
     fallbacks: tuple[Name, ...] = ()
     """Asked one after the other when none of those can answer: `NAME`, or `NAME:MODEL` for another model there."""
     optimiser: OptimiserConfig | None = None
@@ -381,7 +383,7 @@ def api_keys(config: Config, environ: Mapping[str, str] | None = None) -> dict[s
             raise ConfigError(f"{where}: the environment variable {entry.key_env} is not set")
         if secret in found:
             raise ConfigError(f"{where}: the same key is configured twice")
-        found[secret] = Owner(Tenant(entry.tenant), entry.workspace)
+        found[secret] = Owner(Tenant(entry.tenant), entry.workspace, entry.admin)
     return found
 
 
@@ -597,19 +599,15 @@ def _check_gateway(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
     names: set[str] = set()
     for index, upstream in enumerate(gateway.upstreams):
         where = f"gateway.upstreams[{index}]"
-        if not re.fullmatch(r"[\w.-]+", upstream.name):
-            raise ConfigError(f"{where}.name: letters, digits, dots, dashes and underscores only, not {upstream.name!r}")
         if upstream.name in names:
             raise ConfigError(f"{where}.name: {upstream.name} is there twice")
         names.add(upstream.name)
-        if not re.match(r"https?://[^/]", upstream.base_url):
-            raise ConfigError(f"{where}.base_url: an address such as https://api.example.com, not {upstream.base_url!r}")
-        wrong = [api for api in upstream.apis if (api == "messages") != (upstream.dialect == "anthropic")]
-        if wrong:
-            raise ConfigError(f"{where}.apis: {wrong[0]} is not one of the dialect {upstream.dialect}")
-        upstream_key(upstream, environ)
+        check_upstream(upstream, where, environ)
     for index, route in enumerate(gateway.routes):
-        named = [*route.upstreams, *(name.partition(":")[0] for name in route.fallbacks)]
+        named = [
+            *(name for name in route.upstreams if not re.search(r"[*?\[]", name)),
+            *(name.partition(":")[0] for name in route.fallbacks),
+        ]
         for name in named:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
@@ -638,6 +636,18 @@ def _check_ledger(ledger: LedgerConfig) -> None:
 
 def ledger_path(config: Config) -> Path:
     return Path(config.ledger.path or Path(config.cache.dir, "ledger.db")).expanduser()
+
+
+def check_upstream(upstream: UpstreamConfig, where: str, environ: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError, with `where` in front."""
+    if not re.fullmatch(r"[\w.-]+", upstream.name):
+        raise ConfigError(f"{where}.name: letters, digits, dots, dashes and underscores only, not {upstream.name!r}")
+    if not re.match(r"https?://[^/]", upstream.base_url):
+        raise ConfigError(f"{where}.base_url: an address such as https://api.example.com, not {upstream.base_url!r}")
+    wrong = [api for api in upstream.apis if (api == "messages") != (upstream.dialect == "anthropic")]
+    if wrong:
+        raise ConfigError(f"{where}.apis: {wrong[0]} is not one of the dialect {upstream.dialect}")
+    upstream_key(upstream, environ)
 
 
 def upstream_key(upstream: UpstreamConfig, environ: Mapping[str, str] | None = None) -> str:

@@ -37,20 +37,55 @@ _FIRST_PAUSE_S = 0.5
 Sleep = Callable[[float], Awaitable[object]]
 
 
-class Target(msgspec.Struct, frozen=True):
-    """Somebody who may be asked: an upstream, and the model to ask it for."""
+class Replica:
+    """An upstream as one of the fleet."""
 
-    upstream: Upstream
+    __slots__ = ("breaker", "config", "draining", "started_s", "upstream")
+
+    def __init__(self, upstream: Upstream, config: UpstreamConfig, breaker: Breaker, started_s: float) -> None:
+        self.upstream = upstream
+        self.config = config
+        self.breaker = breaker
+        self.draining = False
+        """It finishes what it has and is asked nothing new."""
+        self.started_s = started_s
+        """When it joined."""
+
+    @property
+    def name(self) -> str:
+        return self.upstream.name
+
+
+class ReplicaState(msgspec.Struct, frozen=True):
+    """How a replica is doing."""
+
+    name: str
+    base_url: str
+    models: tuple[str, ...]
+    running: int
+    draining: bool
+    resting_s: float
+    """Seconds for which it is left alone because it failed too often."""
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Somebody who may be asked: a replica, and the model to ask it for."""
+
+    replica: Replica
     model: str
+
+    @property
+    def upstream(self) -> Upstream:
+        return self.replica.upstream
 
 
 class Fleet:
-    """A `Backend` over `upstreams` and `local`. Owns them all."""
+    """A `Backend` over the upstreams that `make` makes of their configurations, and `local`. Owns them all."""
 
     def __init__(
         self,
-        upstreams: Sequence[Upstream],
         config: GatewayConfig,
+        make: Callable[[UpstreamConfig], Upstream],
         *,
         local: Backend | None = None,
         optimising: Optimising | None = None,
@@ -58,36 +93,86 @@ class Fleet:
         sleep: Sleep = asyncio.sleep,
         rng: random.Random | None = None,
     ) -> None:
-        self._upstreams = {upstream.name: upstream for upstream in upstreams}
         self._config = config
-        self._retries = {one.name: one.retries for one in config.upstreams}
-        self._configured = {one.name: one for one in config.upstreams}
+        self._make = make
         self._optimising = optimising
         self._local = local
         self._clock = clock or SystemClock()
         self._sleep = sleep
         self._rng = rng or random.Random()
-        self._breakers = {name: Breaker(config.breaker_failures, config.breaker_rest_s) for name in self._upstreams}
+        self._replicas = {one.name: self._joined(one) for one in config.upstreams}
         self._local_models: tuple[ModelInfo, ...] = ()
         self._models: tuple[ModelInfo, ...] = ()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
         self.takes_provider_blocks = True
+
+    def _joined(self, one: UpstreamConfig) -> Replica:
+        breaker = Breaker(self._config.breaker_failures, self._config.breaker_rest_s)
+        return Replica(self._make(one), one, breaker, self._clock.monotonic_s())
+
+    # -- who belongs to it -----------------------------------------------------------------------------------------------
+
+    async def add(self, one: UpstreamConfig) -> None:
+        """Let a further upstream answer, from now on. Raises InvalidRequest for a name that is taken, ConfigError for what
+        cannot be used."""
+        if one.name in self._replicas:
+            raise InvalidRequest(f"There is a replica {one.name} already.", param="name")
+        replica = self._joined(one)
+        await replica.upstream.start()
+        if self._replicas.setdefault(one.name, replica) is not replica:
+            await replica.upstream.aclose()
+            raise InvalidRequest(f"There is a replica {one.name} already.", param="name")
+
+    def drain(self, name: str, *, draining: bool = True) -> None:
+        """Have it finish what it has, and be asked nothing new. Raises NotFound."""
+        self._replica(name).draining = draining
+
+    async def remove(self, name: str) -> None:
+        """Drain it, and let it go when it has answered what it was asked. Raises NotFound."""
+        replica = self._replica(name)
+        replica.draining = True
+        del self._replicas[name]
+        self._leaving[name] = task = asyncio.create_task(replica.upstream.leave(), name="anaphora-leave")
+        task.add_done_callback(lambda _: self._leaving.pop(name, None))
+
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        now_s = self._clock.monotonic_s()
+        return tuple(
+            [
+                ReplicaState(
+                    replica.name,
+                    replica.upstream.options.base_url,
+                    replica.upstream.options.models,
+                    replica.upstream.num_running,
+                    replica.draining,
+                    replica.breaker.opens_in_s(now_s),
+                )
+                for replica in self._replicas.values()
+            ]
+        )
+
+    def _replica(self, name: str) -> Replica:
+        found = self._replicas.get(name)
+        if found is None:
+            raise NotFound(f"There is no replica {name}; there is: {', '.join(self._replicas)}.", code="unknown_replica")
+        return found
 
     # -- which models there are ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        for upstream in self._upstreams.values():
-            await upstream.start()
+        for replica in self._replicas.values():
+            await replica.upstream.start()
         if self._local is not None:
             await self._local.start()
 
     def ready(self) -> bool:
-        return any(upstream.ready() for upstream in self._upstreams.values())
+        return any(replica.upstream.ready() for replica in self._replicas.values())
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """The engine's as far as they are known without waiting, and those that upstreams name one by one."""
         if self._local is not None and self._local.ready():
             self._local_models = await self._local.models()
-        named = [model.id for upstream in self._upstreams.values() for model in await upstream.models()]
+        named = [model.id for replica in self._replicas.values() for model in await replica.upstream.models()]
         own = {model.id for model in self._local_models}
         models = (*self._local_models, *(self._hosted(name) for name in dict.fromkeys(named) if name not in own))
         if models != self._models:
@@ -126,10 +211,13 @@ class Fleet:
         """Those of whom one is chosen. Empty: nobody answers for `model`."""
         route = self._route(model)
         if route is not None:
-            return tuple([Target(self._upstreams[name], model) for name in route.upstreams])
-        found = {upstream: upstream.serves(model) for upstream in self._upstreams.values()}
+            named = (
+                replica for replica in self._replicas.values() if any(fnmatchcase(replica.name, x) for x in route.upstreams)
+            )
+            return tuple([Target(replica, model) for replica in named])
+        found = {replica: replica.upstream.serves(model) for replica in self._replicas.values()}
         best = max((exactness for exactness in found.values() if exactness is not None), default=None)
-        return tuple([Target(upstream, model) for upstream, exactness in found.items() if exactness == best is not None])
+        return tuple([Target(replica, model) for replica, exactness in found.items() if exactness == best is not None])
 
     def _route(self, model: str) -> RouteConfig | None:
         matching = (route for route in self._config.routes if any(fnmatchcase(model, pattern) for pattern in route.models))
@@ -139,7 +227,8 @@ class Fleet:
         route = self._route(model)
         for fallback in () if route is None else route.fallbacks:
             name, _, other = fallback.partition(":")
-            yield Target(self._upstreams[name], other or model)
+            if name in self._replicas:
+                yield Target(self._replicas[name], other or model)
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
@@ -158,18 +247,17 @@ class Fleet:
         if not pool:
             raise ModelNotFound(f"No upstream answers for the model '{request.model}'.", param="model")
         fallbacks = tuple(self._fallbacks(request.model))
-        retries = max(self._retries.get(target.upstream.name, 0) for target in pool)
+        retries = max(target.replica.config.retries for target in pool)
         pause_s = _FIRST_PAUSE_S
         for attempt in range(retries + 1):
             failure: ServiceError | None = None
             untried = [*self._ordered(request, pool), *fallbacks]
             while untried:
                 target = untried.pop(0)
-                breaker = self._breakers[target.upstream.name]
-                if not breaker.passes(self._clock.monotonic_s()):
+                if target.replica.draining or not target.replica.breaker.passes(self._clock.monotonic_s()):
                     continue
                 try:
-                    async with aclosing(self._attempt(target, breaker, request, alone=not untried)) as deltas:
+                    async with aclosing(self._attempt(target, request, alone=not untried)) as deltas:
                         async for delta in deltas:
                             yield delta
                     return
@@ -188,25 +276,26 @@ class Fleet:
             await self._sleep(wait_s)
             pause_s *= 2
 
-    async def _attempt(self, target: Target, breaker: Breaker, request: Request, *, alone: bool) -> AsyncGenerator[Delta, None]:
+    async def _attempt(self, target: Target, request: Request, *, alone: bool) -> AsyncGenerator[Delta, None]:
         """One upstream's answer. Raises _Nothing where somebody else may be asked instead: nothing was given out yet.
 
         Unless it is `alone`, the beginning of an answer is held back until it says something.
         """
-        upstream = target.upstream
+        upstream, breaker = target.upstream, target.replica.breaker
         other = target.model != request.model
         asking = msgspec.structs.replace(request, model=target.model) if other else request
         trial = breaker.sent()
         held: list[Delta] = []
         given = False
         try:
-            async with aclosing(upstream.run(asking, self._optimiser(upstream, request.model))) as deltas:
+            async with aclosing(upstream.run(asking, self._optimiser(target.replica, request.model))) as deltas:
                 async for delta in deltas:
                     if isinstance(delta, Begin):
                         delta = msgspec.structs.replace(delta, upstream=upstream.name)
-                    elif other and isinstance(delta, End):
+                    elif isinstance(delta, End):
+                        breaker.succeeded()  # here: whoever has the end of an answer reads no further
                         # What another model said is no answer to remember under the name of this one.
-                        delta = msgspec.structs.replace(delta, faithful=False)
+                        delta = msgspec.structs.replace(delta, faithful=delta.faithful and not other)
                     if not given and not alone and isinstance(delta, Raw | Begin):
                         held.append(delta)
                         continue
@@ -215,7 +304,6 @@ class Fleet:
                     held.clear()
                     given = True
                     yield delta
-            breaker.succeeded()
         except ServiceError as error:
             if _its_fault(error):
                 breaker.failed(self._clock.monotonic_s(), trial)
@@ -230,12 +318,12 @@ class Fleet:
             breaker.left(trial)
             raise
 
-    def _optimiser(self, upstream: Upstream, model: str) -> OptimiserOptions | None:
+    def _optimiser(self, replica: Replica, model: str) -> OptimiserOptions | None:
         """What the route of `model` says of it. None: what holds everywhere."""
         route = self._route(model)
         if route is None or route.optimiser is None:
             return None
-        return optimiser_options(route.optimiser, self._configured[upstream.name])
+        return optimiser_options(route.optimiser, replica.config)
 
     def _ordered(self, request: Request, pool: Sequence[Target]) -> list[Target]:
         """The pool, whom to ask first in front."""
@@ -243,10 +331,13 @@ class Fleet:
 
     def _all_resting(self, pool: Sequence[Target], fallbacks: Sequence[Target]) -> UpstreamFailed:
         now_s = self._clock.monotonic_s()
-        names = list(dict.fromkeys(target.upstream.name for target in (*pool, *fallbacks)))
-        wait_s = min(self._breakers[name].opens_in_s(now_s) for name in names)
+        asked = {target.replica: None for target in (*pool, *fallbacks)}
+        waits_s = [replica.breaker.opens_in_s(now_s) for replica in asked if not replica.draining]
+        if not waits_s:
+            return UpstreamFailed("Everybody who answers for this model is being drained.", 503, code="upstream_draining")
+        wait_s = min(waits_s)
         return UpstreamFailed(
-            f"{' and '.join(names)} failed too often just now and will be tried again soon.",
+            f"{' and '.join(replica.name for replica in asked)} failed too often just now and will be tried again soon.",
             503,
             code="upstream_resting",
             retry_after_s=max(1.0, wait_s),
@@ -268,7 +359,8 @@ class Fleet:
     async def forward(self, asked: Foreign) -> Forwarded:
         """The upstreams of the model that is asked for, where one is, are the first to be thought of."""
         named = [target.upstream for target in self._pool(asked.model)] if asked.model else []
-        for upstream in dict.fromkeys((*named, *self._upstreams.values())):
+        all_of_them = (replica.upstream for replica in self._replicas.values() if not replica.draining)
+        for upstream in dict.fromkeys((*named, *all_of_them)):
             if upstream.options.anthropic == asked.anthropic and upstream.has(asked.path):
                 return await upstream.forward(asked)
         raise NotFound(f"There is nothing at {asked.method} {asked.path}.", code="unknown_url")
@@ -280,16 +372,17 @@ class Fleet:
 
     async def stats(self) -> dict[str, Any]:
         found = {} if self._local is None else dict(await self._local.stats())
-        for name, upstream in self._upstreams.items():
-            found |= {f"upstream_{name}_{key}": value for key, value in (await upstream.stats()).items()}
-            breaker = self._breakers[name]
-            found[f"upstream_{name}_resting"] = int(not breaker.passes(self._clock.monotonic_s()))
-            found[f"upstream_{name}_num_rests"] = breaker.num_opened
+        for name, replica in self._replicas.items():
+            found |= {f"upstream_{name}_{key}": value for key, value in (await replica.upstream.stats()).items()}
+            found[f"upstream_{name}_resting"] = int(not replica.breaker.passes(self._clock.monotonic_s()))
+            found[f"upstream_{name}_num_rests"] = replica.breaker.num_opened
         return found
 
     async def aclose(self) -> None:
-        for upstream in self._upstreams.values():
-            await upstream.aclose()
+        for task in self._leaving.values():
+            task.cancel()
+        for replica in self._replicas.values():
+            await replica.upstream.aclose()
         if self._local is not None:
             await self._local.aclose()
 

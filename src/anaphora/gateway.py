@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -25,6 +25,7 @@ from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, ModelInfo, Request, Scope
 
 if TYPE_CHECKING:
+    from anaphora.fleet import Fleet  # its HTTP client is of no use to who only computes here
     from anaphora.ledger.allowance import Allowance
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,17 @@ class Gateway:
     def takes_provider_blocks(self) -> bool:
         """Whether requests may have what only a provider's own models can take."""
         return isinstance(self._backend, StandsIn) and self._backend.takes_provider_blocks
+
+    @property
+    def shared(self) -> bool:
+        """Whether this is one of several gateway processes of one server."""
+        return self._forgets is not None
+
+    def fleet(self) -> Fleet:
+        """The upstreams. Raises NotFound where there are none."""
+        if self._hosting is None:
+            raise NotFound("This server has no upstreams.", code="no_upstreams")
+        return cast("Fleet", self._hosting)
 
     @property
     def hosting(self) -> bool:

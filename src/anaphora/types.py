@@ -30,6 +30,8 @@ class Owner(msgspec.Struct, frozen=True):
     tenant: Tenant
     workspace: str = ""
     """Within a tenant: promises of prompt caching are shared with no other workspace. Everything else is the tenant's."""
+    admin: bool = False
+    """May change who answers."""
 
 
 Role = Literal["system", "user", "assistant"]

@@ -12,7 +12,7 @@ ALICE = Owner(Tenant("alice"), "research")
 
 
 def test_without_keys_everybody_is_local() -> None:
-    assert Keyring({}).owner(b"Bearer whatever", b"whatever") == Owner(LOCAL_TENANT)
+    assert Keyring({}).owner(b"Bearer whatever", b"whatever") == Owner(LOCAL_TENANT, admin=True)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ class Upstream:
         self._http = Http(connect_s=options.connect_s, ca_file=options.ca_file, headers=headers)
         self._slots = asyncio.Semaphore(options.max_concurrency) if options.max_concurrency else None
         self.num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._num_requests = 0
         self._num_failed = 0
 
@@ -145,6 +147,7 @@ class Upstream:
         if self._slots is not None:
             await self._slots.acquire()
         self.num_running += 1
+        self._idle.clear()
         self._num_requests += 1
         try:
             reply = await self._begun(sent, dialect, body)
@@ -165,6 +168,8 @@ class Upstream:
             raise
         finally:
             self.num_running -= 1
+            if not self.num_running:
+                self._idle.set()
             if self._slots is not None:
                 self._slots.release()
 
@@ -235,6 +240,13 @@ class Upstream:
             "num_requests": self._num_requests,
             "num_requests_failed": self._num_failed,
         }
+
+    async def leave(self) -> None:
+        """Answer what was asked, and close."""
+        try:
+            await self._idle.wait()
+        finally:
+            await self.aclose()
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -19,6 +19,7 @@ from anaphora.server import routes
 from anaphora.server.endpoint import OPENAI, Api, dialect_of
 from anaphora.server.foreign import METHODS, Elsewhere
 from anaphora.server.ledger import LedgerPage
+from anaphora.server.replicas import Replicas
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import new_ids
 from anaphora.wire.openai_completions import OpenAICompletions
@@ -52,6 +53,7 @@ class App:
                 Route("/anaphora/explain", routes.Explain(api), methods=["GET"]),
                 Route("/anaphora/explain/{id}", routes.Explain(api), methods=["GET"]),
                 Route("/anaphora/ledger", LedgerPage(api), methods=["GET"]),
+                Route("/anaphora/replicas", Replicas(api), methods=["GET", "POST"]),
                 Route("/anaphora/clock", routes.MoveClock(api), methods=["POST"]),
                 Route("/anaphora/forget", routes.Forget(api), methods=["POST"]),
                 *([Route("/v1/{path:path}", Elsewhere(api), methods=METHODS)] if api.gateway.hosting else []),

@@ -9,12 +9,13 @@ from anaphora.config import is_loopback
 from anaphora.errors import ConfigError, Unauthenticated
 from anaphora.types import LOCAL_TENANT, Owner, Tenant
 
-LOCAL = Owner(LOCAL_TENANT)
+LOCAL = Owner(LOCAL_TENANT, admin=True)
 
 
 class Keyring:
     """Who may ask. Keeps digests only: looking one up takes the same time however much of a guess is right, and no key can
-    end up in a log. Without keys everybody is the one local tenant; with `any_key` every key is a tenant of its own then."""
+    end up in a log. Without keys everybody is the one local tenant; with `any_key` every key is a tenant of its own then.
+    Either way they may do everything: who listens without keys listens on loopback only."""
 
     def __init__(self, keys: Mapping[str, Owner], *, any_key: bool = False) -> None:
         self._owners = {_digest(key.encode()): owner for key, owner in keys.items()}
@@ -29,7 +30,7 @@ class Keyring:
             return LOCAL
         key = api_key if api_key is not None else _bearer(authorization)
         if not self._owners:
-            return LOCAL if key is None else Owner(Tenant(f"key-{_digest(key).hex()[:16]}"))
+            return LOCAL if key is None else Owner(Tenant(f"key-{_digest(key).hex()[:16]}"), admin=True)
         if key is None:
             raise Unauthenticated(
                 "No API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.", code="missing_api_key"

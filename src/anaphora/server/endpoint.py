@@ -65,7 +65,9 @@ class Endpoint:
         sender = Sender(send)
         try:
             owner = LOCAL if self.open else self._owner(head)
-            await self.answer(Call(connection, head, receive, sender, owner.tenant, owner.workspace, ids, self.api.max_body))
+            await self.answer(
+                Call(connection, head, receive, sender, owner.tenant, owner.workspace, ids, self.api.max_body, owner.admin)
+            )
         except ServiceError as error:
             await self._fail(connection, head, sender, error, ids)
         except Exception:  # the last place where a bug can still become an answer
@@ -145,6 +147,7 @@ class Call(msgspec.Struct, frozen=True):
     workspace: str
     ids: Ids
     max_body: int
+    admin: bool = False
 
     @property
     def version(self) -> str | None:
