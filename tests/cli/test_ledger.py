@@ -41,7 +41,7 @@ def test_sums_are_a_table_with_a_last_line(file: Path, capsys: pytest.CaptureFix
 def test_what_the_sums_do_not_hold_is_said(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["ledger", "show", "--file", str(file)])
     out = capsys.readouterr().out
-    assert "1 requests to models whose price is not known are not in the money" in out
+    assert "1 requests whose price is not known are not in the money" in out
     assert "1 requests were cut before their tokens were counted" in out
     assert next(line for line in out.splitlines() if line.startswith("unknown-model")).split()[-4:] == ["?"] * 4
 

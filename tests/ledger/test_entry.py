@@ -144,6 +144,11 @@ def test_a_model_without_a_price_is_flagged() -> None:
     assert (made.priced, made.paid, made.input) == (0, 0, 5)
 
 
+def test_an_upstream_that_does_not_tell_its_usage_is_not_taken_to_be_free() -> None:
+    made = entry(answered("miss", Usage(), upstream="u"), NOW_S, Prices((PRICE,)))
+    assert (made.priced, made.paid) == (0, 0)
+
+
 def test_our_own_engine_costs_nothing_and_is_priced() -> None:
     made = entry(answered("miss", Usage(input_tokens=5)), NOW_S, Prices())
     assert (made.priced, made.paid) == (1, 0)
@@ -195,4 +200,5 @@ def test_times_and_names_are_kept() -> None:
         outcome="finished",
         first_us=250_000,
         whole_us=1_000_000,
+        priced=0,
     )

@@ -49,7 +49,7 @@ def notes(groups: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What the sums do not hold."""
     unpriced, estimated = (sum(group[name] for group in groups) for name in ("num_unpriced", "num_estimated"))
     if unpriced:
-        yield f"{unpriced:,} requests to models whose price is not known are not in the money (ledger.prices)."
+        yield f"{unpriced:,} requests whose price is not known are not in the money (ledger.prices)."
     if estimated:
         yield f"{estimated:,} requests were cut before their tokens were counted; theirs are estimates."
 

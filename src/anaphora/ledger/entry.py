@@ -72,7 +72,7 @@ class Entry(msgspec.Struct, array_like=True):
     first_us: int | None = None
     whole_us: int = 0
     priced: int = 1
-    """0: nobody knows the price, and the amounts below are zero."""
+    """0: nobody knows the price, or how many tokens there were, and the amounts below are zero."""
     paid: int = 0
     saved_answers: int = 0
     saved_prompts: int = 0
@@ -120,6 +120,8 @@ def entry(event: Answered, at_s: float, pricing: Pricing, computed: Usage | None
         usage = computed or event.begun or NO_USAGE
         made.estimated = int(computed is None and usage != NO_USAGE)
     charge(made, usage, pricing)
+    if event.upstream and event.outcome == "finished" and not usage.prompt_tokens:
+        made.priced = 0  # the upstream did not say what it took: not that it took nothing
     return made
 
 
