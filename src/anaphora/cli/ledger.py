@@ -42,7 +42,9 @@ def register(commands: Commands) -> None:
     )
     parent.set_defaults(run=None, usage=parent)
     actions = parent.add_subparsers(title="commands", metavar="COMMAND")
-    show = add_command(actions, "show", run_show, summary="print sums by tenant, model, day and other dimensions", examples=SHOW_EXAMPLES)
+    show = add_command(
+        actions, "show", run_show, summary="print sums by tenant, model, day and other dimensions", examples=SHOW_EXAMPLES
+    )
     _add_flags(show, by="model")
     add_json_flag(show)
     export = add_command(actions, "export", run_export, summary="write requests or sums to a file", examples=EXPORT_EXAMPLES)
