@@ -177,7 +177,8 @@ class Gateway:
 
         # With the mark: who asks after a forget does not get an answer from before it. With what is to be kept: or it is not.
         # Of an upstream's own bytes there is one form only: streamed or whole, in its dialect.
-        form = None if request.native is None else (request.native.dialect, request.native.credential, request.stream)
+        native = request.native
+        form = None if native is None else (native.dialect, native.credential, native.names_usage, request.stream)
         key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, request.keep, recalled.mark, form)
         asking = request if bill is None else bill.keeping(request)
         asked = asked or NOBODY

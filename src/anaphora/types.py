@@ -144,6 +144,8 @@ class Native(msgspec.Struct, frozen=True):
     request_id: str = ""
     unread: str = ""
     """Why Anaphora could not read the body: only an upstream of the same dialect may know better."""
+    names_usage: bool = False
+    """It says something of usage in streams: who does not must not be given the same bytes."""
 
     def __repr__(self) -> str:
         return f"Native({self.dialect!r}, {len(self.body)} bytes)"

@@ -65,4 +65,4 @@ def native(
     headers = tuple(sorted((name, value) for name, value in seen.items() if name.startswith(SEEN) or name in further))
     key = None if own_keys else next((name for name in _KEYS if name in head), None)
     credential = None if key is None else (key.decode(), head[key].decode("latin-1"))
-    return Native(dialect, body, headers, credential, request_id, unread)
+    return Native(dialect, body, headers, credential, request_id, unread, b'"include_usage"' in body)
