@@ -34,10 +34,12 @@ _MAX_TURN = 2
 _VARYING = 4.0
 """So many things that were not seen again for a minute: it is another one each time."""
 
-TALKING, WORKING, ASKING, HEAD = expected(0.8), expected(0.5), expected(0.26), expected(0.5)
-"""Before anything was seen: a conversation goes on; a first request with tools may; for a first question without any a write is
-not quite worth its price; what stands at the head of a prompt is as likely as not to be there again."""
-
+TALKING, WORKING, HEAD = expected(0.8), expected(0.5), expected(0.5)
+"""Before anything was seen: a conversation goes on; a first request with tools may; what stands at the head of a prompt is as
+likely as not to be there again."""
+ASKING: dict[str, Hazards] = {"anthropic": expected(0.26), "openai": expected(0.3)}
+"""A first question without tools may go on or not. In doubt it is left to what the provider does by itself: Anthropic's writes
+nothing that is not marked, OpenAI's writes the end of every prompt."""
 _MAX_ARRIVALS = 1024
 
 Name = bytes
@@ -342,7 +344,7 @@ def _short(key: bytes) -> Name:
 def _prior(prompt: Prompt, known: Known) -> Hazards:
     if known.turns:
         return TALKING
-    return WORKING if known.tools >= 0 else ASKING
+    return WORKING if known.tools >= 0 else ASKING[prompt.dialect]
 
 
 def _shape(prompt: Prompt) -> tuple[int, int, int, int]:

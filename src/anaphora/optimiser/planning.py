@@ -189,6 +189,8 @@ class _Planning:
             self._say("no-slot", "All breakpoints are taken.", path)
 
     def _reaches(self, block: int) -> bool:
+        if self.anthropic and any(0 <= mark.block - block < self.profile.lookback for mark in self.marks):
+            return True  # a position is one block or more
         sent = marked(self.prompt, self.marks, self.fields)
         return block in breakpoints.plan(sent, self.lengths, self.profile).lookups
 
