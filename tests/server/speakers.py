@@ -28,6 +28,10 @@ class Wishes(msgspec.Struct, frozen=True):
 NO_WISHES = Wishes()
 
 
+class Failed(Exception):
+    """A stream ended with a failure that its SDK does not raise."""
+
+
 class Said(msgspec.Struct):
     """An answer, as an SDK read it."""
 
@@ -251,6 +255,9 @@ class Responses:
                     yield event.delta
                 elif event.type in ("response.completed", "response.incomplete"):
                     yield self._said(event.response)
+                elif event.type == "response.failed":
+                    assert event.response.error is not None
+                    raise Failed(event.response.error.message)
 
     def _fields(self, model: str, talk: Sequence[Message], wishes: Wishes) -> dict[str, Any]:
         fields: dict[str, Any] = {
