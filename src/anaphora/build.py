@@ -22,7 +22,7 @@ from anaphora.memory import AnswerLevel, Memory
 from anaphora.policies.base import Policy
 from anaphora.profiles import named
 from anaphora.promises import Books
-from anaphora.registry import BACKENDS, LEVELS, POLICIES, TIERS
+from anaphora.registry import BACKENDS, LEVELS, POLICIES, ROUTING, TIERS
 from anaphora.store import Store, StoreOptions
 from anaphora.tiers.base import Eviction, Tier, eviction
 from anaphora.types import Key
@@ -128,6 +128,7 @@ def _fleet(config: Config, local: Backend | None, clock: Clock, emit: Emit) -> F
     from anaphora.backends.optimising import Optimising
     from anaphora.backends.upstream import Upstream, UpstreamOptions
     from anaphora.fleet import Fleet, optimiser_options
+    from anaphora.routing.expected import ExpectedOptions
 
     optimising = Optimising(clock=clock, emit=emit)
 
@@ -139,7 +140,10 @@ def _fleet(config: Config, local: Backend | None, clock: Clock, emit: Emit) -> F
         options = UpstreamOptions(**fields, anthropic=one.dialect == "anthropic", key=upstream_key(one), optimiser=optimiser)
         return Upstream(options, _dialects(one), optimising=optimising, clock=clock)
 
-    return Fleet(config.gateway, make, local=local, optimising=optimising, clock=clock)
+    gateway = config.gateway
+    kind = ROUTING.load(gateway.strategy)
+    strategy = kind(ExpectedOptions(cost_weight=gateway.cost_weight)) if gateway.strategy == "expected" else kind()
+    return Fleet(gateway, make, strategy, local=local, optimising=optimising, clock=clock, emit=emit)
 
 
 def _dialects(upstream: UpstreamConfig) -> dict[str, UpstreamDialect]:

@@ -152,6 +152,14 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Api = Literal["messages", "chat", "responses", "completions"]
 
 
+class PriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Money per million tokens, in any one currency: for the router, not for the ledger."""
+
+    input: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    cached: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    output: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
 class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A hosted API, or any other server that speaks one of its dialects."""
 
@@ -191,6 +199,12 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whose way of sending what belongs together to one place it knows. Empty: that of the model's own provider."""
     profile: str = ""
     """The model whose rules of prompt caching hold for models that none are known of, such as `gpt-5.5`."""
+    pool: str = ""
+    """Upstreams of one pool are alike, the same model on the same hardware: what is learned of their speed is shared."""
+    price: PriceConfig = PriceConfig()
+    """What the router weighs against time, where `gateway.cost_weight` says so."""
+    metrics: str = ""
+    """Path of its figures in Prometheus' format, such as `/metrics`: how long its queue is. Empty: it is not asked."""
     kv_tokens: Natural = 0
     """Of a server of one's own: how many tokens of prefixes its cache holds. 0: not known."""
 
@@ -223,6 +237,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of all prompts that go to upstreams."""
     strategy: Name = "expected"
     """Which of several upstreams is asked."""
+    cost_weight: Share = 0.0
+    """Of money against time: 0 is time alone, 1 money alone."""
     breaker_failures: Positive = 5
     """In a row, after which an upstream is left alone for a while."""
     breaker_rest_s: Seconds = 10.0
@@ -628,7 +644,7 @@ def _check_ledger(ledger: LedgerConfig) -> None:
         if all(amount is None for amount in amounts.values()):
             raise ConfigError(f"{where}: it limits nothing; set one of {', '.join(amounts)}")
         for name, amount in amounts.items():
-            if amount is not None and not 0 < amount < 10**6 and name.startswith("usd"):
+            if isinstance(amount, Decimal) and not (amount.is_finite() and 0 < amount < 10**6):
                 raise ConfigError(f"{where}.{name}: more than 0 and less than a million dollars, not {amount}")
     if ledger.limits and not ledger.enabled:
         raise ConfigError("ledger.limits: limits are held by the ledger; set ledger.enabled = true")

@@ -15,7 +15,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -26,13 +26,22 @@ from anaphora.backends.upstream import Upstream
 from anaphora.clock import Clock, SystemClock
 from anaphora.config import GatewayConfig, OptimiserConfig, RouteConfig, UpstreamConfig
 from anaphora.errors import BackendFailed, InvalidRequest, ModelNotFound, NotFound, ServiceError, UpstreamFailed
-from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope
+from anaphora.events import Emit, UpstreamAsked, ignore
+from anaphora.routing import reports
+from anaphora.routing.base import Price, Question, Strategy
+from anaphora.routing.base import Replica as RoutedReplica
+from anaphora.routing.questions import of_request
+from anaphora.routing.router import Route, Router
+from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope, Usage
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0
 """The longest pause before everybody is asked again; a client that is told to come back later than that is told so."""
 _FIRST_PAUSE_S = 0.5
+_WATCH_EVERY_S = 1.0
+NO_QUESTION = Question((), (), 1)
+"""Where there is no choice, nobody need know what is asked."""
 
 Sleep = Callable[[float], Awaitable[object]]
 
@@ -54,6 +63,9 @@ class Replica:
     @property
     def name(self) -> str:
         return self.upstream.name
+
+    def may_be_asked(self, now_s: float) -> bool:
+        return not self.draining and self.breaker.passes(now_s)
 
 
 class ReplicaState(msgspec.Struct, frozen=True):
@@ -86,12 +98,14 @@ class Fleet:
         self,
         config: GatewayConfig,
         make: Callable[[UpstreamConfig], Upstream],
+        strategy: Strategy,
         *,
         local: Backend | None = None,
         optimising: Optimising | None = None,
         clock: Clock | None = None,
         sleep: Sleep = asyncio.sleep,
         rng: random.Random | None = None,
+        emit: Emit = ignore,
     ) -> None:
         self._config = config
         self._make = make
@@ -100,7 +114,12 @@ class Fleet:
         self._clock = clock or SystemClock()
         self._sleep = sleep
         self._rng = rng or random.Random()
+        self._router = Router(strategy)
+        self._emit = emit
         self._replicas = {one.name: self._joined(one) for one in config.upstreams}
+        for replica in self._replicas.values():
+            self._router.add(_as_routed(replica))
+        self._watching: dict[str, asyncio.Task[None]] = {}
         self._local_models: tuple[ModelInfo, ...] = ()
         self._models: tuple[ModelInfo, ...] = ()
         self._leaving: dict[str, asyncio.Task[None]] = {}
@@ -122,18 +141,43 @@ class Fleet:
         if self._replicas.setdefault(one.name, replica) is not replica:
             await replica.upstream.aclose()
             raise InvalidRequest(f"There is a replica {one.name} already.", param="name")
+        self._router.add(_as_routed(replica))
+        self._watch(replica)
 
     def drain(self, name: str, *, draining: bool = True) -> None:
         """Have it finish what it has, and be asked nothing new. Raises NotFound."""
         self._replica(name).draining = draining
+        self._router.change(name, draining=draining)
 
     async def remove(self, name: str) -> None:
         """Drain it, and let it go when it has answered what it was asked. Raises NotFound."""
         replica = self._replica(name)
         replica.draining = True
         del self._replicas[name]
+        self._router.remove(name)
+        if (watching := self._watching.pop(name, None)) is not None:
+            watching.cancel()
         self._leaving[name] = task = asyncio.create_task(replica.upstream.leave(), name="anaphora-leave")
         task.add_done_callback(lambda _: self._leaving.pop(name, None))
+
+    def _watch(self, replica: Replica) -> None:
+        """Ask it for its figures again and again, where it has any: the router is told how long its queue is."""
+        path = replica.config.metrics
+        if not path:
+            return
+
+        async def watch() -> None:
+            while True:
+                try:
+                    found = reports.load(await replica.upstream.text(path))
+                except ServiceError as error:
+                    log.debug("upstream %s does not say how it is doing: %s", replica.name, error.message)
+                    found = None
+                if found is not None:
+                    self._router.load(replica.name, found, self._clock.monotonic_s())
+                await asyncio.sleep(_WATCH_EVERY_S)
+
+        self._watching[replica.name] = asyncio.create_task(watch(), name="anaphora-watch")
 
     def replicas(self) -> tuple[ReplicaState, ...]:
         now_s = self._clock.monotonic_s()
@@ -162,6 +206,7 @@ class Fleet:
     async def start(self) -> None:
         for replica in self._replicas.values():
             await replica.upstream.start()
+            self._watch(replica)
         if self._local is not None:
             await self._local.start()
 
@@ -246,24 +291,23 @@ class Fleet:
         pool = self._pool(request.model)
         if not pool:
             raise ModelNotFound(f"No upstream answers for the model '{request.model}'.", param="model")
+        question = of_request(request) if len(pool) > 1 else NO_QUESTION
         fallbacks = tuple(self._fallbacks(request.model))
         retries = max(target.replica.config.retries for target in pool)
         pause_s = _FIRST_PAUSE_S
         for attempt in range(retries + 1):
             failure: ServiceError | None = None
-            untried = [*self._ordered(request, pool), *fallbacks]
-            while untried:
-                target = untried.pop(0)
-                if target.replica.draining or not target.replica.breaker.passes(self._clock.monotonic_s()):
-                    continue
+            turns = _Turns(self._router, pool, fallbacks, question)
+            while (turn := turns.next(self._clock.monotonic_s())) is not None:
+                target, route, alone = turn
                 try:
-                    async with aclosing(self._attempt(target, request, alone=not untried)) as deltas:
+                    async with aclosing(self._attempt(target, route, request, alone=alone)) as deltas:
                         async for delta in deltas:
                             yield delta
                     return
                 except _Nothing as nothing:
                     error = nothing.error
-                    log.info("upstream %s did not answer: %s", target.upstream.name, error.message)
+                    log.info("upstream %s did not answer: %s", target.replica.name, error.message)
                     if failure is None or not isinstance(error, InvalidRequest):
                         failure = error
                     if not _elsewhere(error):
@@ -276,7 +320,7 @@ class Fleet:
             await self._sleep(wait_s)
             pause_s *= 2
 
-    async def _attempt(self, target: Target, request: Request, *, alone: bool) -> AsyncGenerator[Delta, None]:
+    async def _attempt(self, target: Target, route: Route, request: Request, *, alone: bool) -> AsyncGenerator[Delta, None]:
         """One upstream's answer. Raises _Nothing where somebody else may be asked instead: nothing was given out yet.
 
         Unless it is `alone`, the beginning of an answer is held back until it says something.
@@ -285,6 +329,7 @@ class Fleet:
         other = target.model != request.model
         asking = msgspec.structs.replace(request, model=target.model) if other else request
         trial = breaker.sent()
+        self._tell(request, target, route)
         held: list[Delta] = []
         given = False
         try:
@@ -293,9 +338,13 @@ class Fleet:
                     if isinstance(delta, Begin):
                         delta = msgspec.structs.replace(delta, upstream=upstream.name)
                     elif isinstance(delta, End):
-                        breaker.succeeded()  # here: whoever has the end of an answer reads no further
+                        # Here, because whoever has the end of an answer reads no further.
+                        breaker.succeeded()
+                        route.ended(self._clock.monotonic_s(), **_counts(delta.usage))
                         # What another model said is no answer to remember under the name of this one.
                         delta = msgspec.structs.replace(delta, faithful=delta.faithful and not other)
+                    elif not isinstance(delta, Raw):
+                        route.first_token(self._clock.monotonic_s())
                     if not given and not alone and isinstance(delta, Raw | Begin):
                         held.append(delta)
                         continue
@@ -305,18 +354,39 @@ class Fleet:
                     given = True
                     yield delta
         except ServiceError as error:
-            if _its_fault(error):
-                breaker.failed(self._clock.monotonic_s(), trial)
+            now_s = self._clock.monotonic_s()
+            fault = _its_fault(error)
+            if fault:
+                breaker.failed(now_s, trial)
             elif isinstance(error, UpstreamFailed):
                 breaker.succeeded()  # it answers; that it says no is another matter
             else:
                 breaker.left(trial)
+            route.failed(now_s, fault=fault or error.status == 429)
+            self._tell(request, target, route, error.message)
             if given or not (_elsewhere(error) or _again(error)):
                 raise
             raise _Nothing(error) from error
         except BaseException:
             breaker.left(trial)
+            route.failed(self._clock.monotonic_s(), fault=False)
             raise
+
+    def _tell(self, request: Request, target: Target, route: Route, error: str = "") -> None:
+        choice = route.choice
+        request_id = "" if request.native is None else request.native.request_id
+        self._emit(
+            UpstreamAsked(
+                request.tenant,
+                request_id,
+                target.model,
+                target.replica.name,
+                choice.expected_s if len(choice.scores) > 1 else None,
+                choice.cached_tokens,
+                dict(choice.scores),
+                error,
+            )
+        )
 
     def _optimiser(self, replica: Replica, model: str) -> OptimiserOptions | None:
         """What the route of `model` says of it. None: what holds everywhere."""
@@ -324,10 +394,6 @@ class Fleet:
         if route is None or route.optimiser is None:
             return None
         return optimiser_options(route.optimiser, replica.config)
-
-    def _ordered(self, request: Request, pool: Sequence[Target]) -> list[Target]:
-        """The pool, whom to ask first in front."""
-        return sorted(pool, key=lambda target: target.upstream.num_running)
 
     def _all_resting(self, pool: Sequence[Target], fallbacks: Sequence[Target]) -> UpstreamFailed:
         now_s = self._clock.monotonic_s()
@@ -379,7 +445,7 @@ class Fleet:
         return found
 
     async def aclose(self) -> None:
-        for task in self._leaving.values():
+        for task in (*self._leaving.values(), *self._watching.values()):
             task.cancel()
         for replica in self._replicas.values():
             await replica.upstream.aclose()
@@ -387,8 +453,54 @@ class Fleet:
             await self._local.aclose()
 
 
+def _as_routed(replica: Replica) -> RoutedReplica:
+    one = replica.config
+    price = Price(one.price.input / 1e6, one.price.cached / 1e6, one.price.output / 1e6)
+    return RoutedReplica(
+        one.name,
+        pool=one.pool or one.name,
+        price=price,
+        capacity_tokens=one.kv_tokens or None,
+        started_s=replica.started_s,
+    )
+
+
 def optimiser_options(config: OptimiserConfig, upstream: UpstreamConfig) -> OptimiserOptions:
     return OptimiserOptions(config.mode, config.rewrites, upstream.affinity, upstream.profile)
+
+
+class _Turns:
+    """Whom to ask next: the router's choice of those of the pool who may be asked, then the fallbacks one after the other."""
+
+    def __init__(self, router: Router, pool: Sequence[Target], fallbacks: Sequence[Target], question: Question) -> None:
+        self._router = router
+        self._question = question
+        self._stages = [{target.replica.name: target for target in pool}]
+        self._stages += [{target.replica.name: target} for target in fallbacks]
+
+    def next(self, now_s: float) -> tuple[Target, Route, bool] | None:
+        """The target, its place with the router, and whether nobody is left behind it."""
+        while self._stages:
+            stage = self._stages[0]
+            names = [name for name, target in stage.items() if target.replica.may_be_asked(now_s)]
+            route = self._router.route(self._question, now_s, among=names) if names else None
+            if route is None:
+                del self._stages[0]
+                continue
+            target = stage.pop(route.replica)
+            return target, route, not any(self._stages)
+        return None
+
+
+class _Counted(TypedDict):
+    output_tokens: int
+    cached_tokens: int | None
+
+
+def _counts(usage: Usage) -> _Counted:
+    """What an answer says of itself; an upstream that counts nothing says nothing of its cache."""
+    cached = usage.cache_read_input_tokens if usage.prompt_tokens else None
+    return _Counted(output_tokens=usage.output_tokens, cached_tokens=cached)
 
 
 class _Nothing(Exception):

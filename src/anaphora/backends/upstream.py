@@ -36,6 +36,7 @@ PASSED_ON = ("anthropic-ratelimit-", "x-ratelimit-", "openai-", "anthropic-organ
 _NO_TOKEN, _NO_MORE, _NOT_OVER = "no first token came", "nothing more came", "the answer was not over"
 
 _MAX_ERROR_BODY = 1 << 20
+_TEXT_S, _MAX_TEXT = 5.0, 1 << 24
 
 
 class UpstreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -240,6 +241,24 @@ class Upstream:
             "num_requests": self._num_requests,
             "num_requests_failed": self._num_failed,
         }
+
+    async def text(self, path: str) -> str:
+        """What it says at `path`, a few seconds at most. Raises UpstreamFailed."""
+        headers = dict(self._key_header())
+        try:
+            async with asyncio.timeout(_TEXT_S):
+                reply = await self._http.send("GET", self._base + path, b"", headers)
+                try:
+                    data = await reply.read(_MAX_TEXT)
+                finally:
+                    reply.close()
+        except TimeoutError as error:
+            raise self._late("no answer came", _TEXT_S) from error
+        except Unreachable as error:
+            raise self._unreachable(error, {}) from error
+        if reply.status != 200:
+            raise UpstreamFailed(f"The upstream {self.name} has nothing at {path}: status {reply.status}.", 502)
+        return data.decode("utf-8", "replace")
 
     async def leave(self) -> None:
         """Answer what was asked, and close."""
