@@ -127,6 +127,8 @@ def test_later_counts_of_anthropics_take_the_place_of_earlier_ones() -> None:
     """Servers that speak the dialect often know nothing at the start."""
     start, end = message_start(input_tokens=0), message_end("end_turn", input_tokens=7, cache_read_input_tokens=5)
     assert completion_of(read(ANTHROPIC, stream(start, *end, named=True))).usage == Usage(7, 30, 5)
+    unsaid = message_end("end_turn", input_tokens=None)
+    assert completion_of(read(ANTHROPIC, stream(message_start(), *unsaid, named=True))).usage == Usage(12, 30)
 
 
 def test_a_server_that_gives_the_whole_input_of_a_call_at_once_is_understood() -> None:

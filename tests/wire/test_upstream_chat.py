@@ -70,6 +70,12 @@ def test_the_chunk_with_usage_is_kept_from_clients_that_did_not_ask() -> None:
         assert raw.endswith(b"data: [DONE]\n\n")
 
 
+def test_usage_beside_content_is_kept_from_nobody() -> None:
+    body = stream(chunk({"content": "a"}, usage=CHAT_USAGE), chunk({}, "stop", usage=CHAT_USAGE), DONE)
+    deltas = CHAT.reader(CHAT.passed(json.dumps(SENT).encode(), model="theirs")).feed(body)
+    assert b"".join(delta.data for delta in deltas if isinstance(delta, Raw)) == body
+
+
 def test_calls_that_are_written_at_the_same_time_are_told_one_after_the_other() -> None:
     body = stream(
         chunk({"role": "assistant", "content": None}),
@@ -145,7 +151,12 @@ def test_text_between_two_halves_of_a_call_waits() -> None:
         chunk({}, "tool_calls"),
         DONE,
     )
-    assert completion_of(read(CHAT, body)).choices[0].content == (ToolUsePart("call_a", "f", '{"a":1}'), TextPart("Hm."))
+    assert said(read(CHAT, body))[1:5] == [
+        ToolUseDelta(0, 0, "", "call_a", "f"),
+        ToolUseDelta(0, 0, '{"a":'),
+        ToolUseDelta(0, 0, "1}"),
+        TextDelta(0, "Hm."),
+    ]
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])

@@ -184,6 +184,12 @@ def test_every_message_of_chat_comes_back_as_it_was(messages: list[Json]) -> Non
     assert plain(parse("openai_chat", write("openai_chat", request))) == plain(request)
 
 
+def test_what_was_thought_in_two_messages_stays_two_thoughts() -> None:
+    thoughts = [{"role": "assistant", "reasoning_content": words, "content": ""} for words in ("a", "b")]
+    request = parse("openai_chat", {"model": "theirs", "messages": thoughts})
+    assert plain(parse("openai_chat", write("openai_chat", request))) == plain(request)
+
+
 @given(CHAT_TALKS)
 def test_every_item_of_responses_comes_back_as_it_was(messages: list[Json]) -> None:
     """What Chat says in messages without names, said in items by way of a request."""
