@@ -90,6 +90,15 @@ def test_a_reservation_that_is_settled_leaves_what_was_used() -> None:
     assert remaining(held)[1] == 980
 
 
+def test_a_limit_of_tokens_beyond_all_reason_reserves_no_more_than_is_possible() -> None:
+    held = allowance(LimitConfig(tenant="t", tokens_per_minute=1, tokens_per_day=10**9))
+    held.reserve(request(max_tokens=2**62), "r")
+    assert remaining(held) == [0, 10**9 - 10_000_004]
+    held.settle("r", 0, 2**63)
+    held.spend("t", 0, 2**63)
+    assert remaining(held) == [1, 10**9]
+
+
 def test_a_request_that_may_not_be_computed_has_cost_nothing() -> None:
     held = allowance(LimitConfig(tenant="t", requests_per_day=9, tokens_per_day=50))
     held.admit("t")

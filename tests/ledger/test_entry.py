@@ -149,6 +149,24 @@ def test_an_upstream_that_does_not_tell_its_usage_is_not_taken_to_be_free() -> N
     assert (made.priced, made.paid) == (0, 0)
 
 
+@pytest.mark.parametrize("count", [-1, 10**9 + 1, 2**70])
+@pytest.mark.parametrize("source", ["miss", "hit"])
+def test_nonsense_of_an_upstream_spoils_no_sums(source: Any, count: int) -> None:
+    for usage in (
+        Usage(input_tokens=count),
+        Usage(input_tokens=5, written={"5m": count}),
+        Usage(5, details={"reasoning": count}),
+    ):
+        made = entry(answered(source, usage, upstream="u"), NOW_S, Prices((PRICE,)))
+        assert (made.priced, made.tokens, made.paid, made.saved_answers, made.saved_input) == (0, 0, 0, 0, 0)
+
+
+def test_an_amount_that_the_book_has_no_place_for_is_no_price() -> None:
+    dear = Price(model="m", input=Decimal(10**9), output=Decimal(0))
+    made = entry(answered("miss", Usage(input_tokens=10**7)), NOW_S, Prices((dear,)))
+    assert (made.priced, made.paid, made.input) == (0, 0, 10**7)
+
+
 def test_our_own_engine_costs_nothing_and_is_priced() -> None:
     made = entry(answered("miss", Usage(input_tokens=5)), NOW_S, Prices())
     assert (made.priced, made.paid) == (1, 0)

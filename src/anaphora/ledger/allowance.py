@@ -37,6 +37,8 @@ EVERYBODY = "*"
 _CHARS_PER_TOKEN = 4
 _OUTPUT_TOKENS = 1024
 """Reserved for an answer whose request sets no limit."""
+_MOST_TOKENS = 10_000_000
+"""Reserved for an answer, whatever limit its request sets."""
 _MEDIA_TOKENS = 1024
 _SOON_S = 1.0
 """When to come back where answers under way hold what is left."""
@@ -126,7 +128,8 @@ class Allowance:
         self._tallies.change(tenant, lambda counts: spent(limits, counts, used, at_s, now_s))
 
     def _refusal(self, tenant: str, reached: Sequence[Standing]) -> LimitReached:
-        reserved = [reservation.used for reservation in self._reserved.values() if reservation.tenant == tenant]
+        under_way = list(self._reserved.values())  # which another thread may change
+        reserved = [reservation.used for reservation in under_way if reservation.tenant == tenant]
         longest = max(reached, key=lambda standing: standing.retry_s)
         if all(sum(getattr(used, at.kind) for used in reserved) > at.over for at in reached):
             text = f"What is left of the limit of {longest} is reserved for requests that are being answered."
@@ -135,7 +138,7 @@ class Allowance:
 
     def _estimate(self, request: Request) -> Used:
         prompt = _num_tokens(request)
-        output = (_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens) * request.sampling.n
+        output = min(_MOST_TOKENS, (_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens) * request.sampling.n)
         cost = self._prices.estimate(request.model, Usage(input_tokens=prompt, output_tokens=output))
         return Used(0, prompt + output, units(cost))
 

@@ -22,6 +22,9 @@ PER_USD = 10**12
 LIFETIMES = ("5m", "30m", "1h", "12h")
 REFRESH = "refresh"
 NO_USAGE = Usage()
+_MOST_TOKENS = 10**9
+_MOST_UNITS = 2**62
+"""Of one request: what the book has a place for."""
 
 
 class Pricing(Protocol):
@@ -127,6 +130,9 @@ def entry(event: Answered, at_s: float, pricing: Pricing, computed: Usage | None
 
 def charge(made: Entry, usage: Usage, pricing: Pricing) -> None:
     """Write down that `usage` was computed for this request."""
+    if not _credible(usage):
+        made.priced = 0
+        return
     details = usage.details
     lifetimes = [usage.written.get(lifetime, 0) for lifetime in LIFETIMES]
     made.input, made.cache_read, made.output = usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens
@@ -137,24 +143,37 @@ def charge(made: Entry, usage: Usage, pricing: Pricing) -> None:
     made.image_input = details.get("image_input", 0)
     if usage == NO_USAGE:
         return
-    cost, plain = pricing.cost(made.model, made.upstream, usage), pricing.cost(made.model, made.upstream, uncached(usage))
+    cost, plain = _units(made, usage, pricing), _units(made, uncached(usage), pricing)
     if cost is None or plain is None:
         made.priced, made.paid, made.saved_prompts, made.saved_answers = 0, 0, 0, 0
+    elif made.level == REFRESH:
+        made.paid, made.saved_answers = cost, -cost  # without an answer cache nobody would have computed it
     else:
-        made.paid = units(cost)
-        if made.level == REFRESH:
-            made.saved_answers = -made.paid  # without an answer cache nobody would have computed it
-        else:
-            made.saved_prompts = units(plain) - made.paid
+        made.paid, made.saved_prompts = cost, plain - cost
 
 
 def _save(made: Entry, usage: Usage, pricing: Pricing) -> None:
+    if not _credible(usage):
+        made.priced = 0
+        return
     made.saved_input, made.saved_output = usage.prompt_tokens, usage.output_tokens
-    cost = pricing.cost(made.model, made.upstream, usage)
+    cost = _units(made, usage, pricing)
     if cost is None:
         made.priced = 0
     else:
-        made.saved_answers = units(cost)
+        made.saved_answers = cost
+
+
+def _credible(usage: Usage) -> bool:
+    """Whether an upstream may have meant what it says. One that tells nonsense must not spoil the sums."""
+    counts = (usage.input_tokens, usage.output_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens)
+    return all(0 <= count <= _MOST_TOKENS for count in (*counts, *usage.written.values(), *usage.details.values()))
+
+
+def _units(made: Entry, usage: Usage, pricing: Pricing) -> int | None:
+    cost = pricing.cost(made.model, made.upstream, usage)
+    amount = None if cost is None else units(cost)
+    return None if amount is None or abs(amount) > _MOST_UNITS else amount
 
 
 def _level(event: Answered) -> str:

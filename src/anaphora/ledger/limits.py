@@ -27,6 +27,8 @@ NOTHING: Counts = (0,) * (len(_RATED) + len(SPANS) * (1 + len(KINDS)))
 """For each rate the moment (in ns) at which its bucket is full again; for each budget which hour, day or month it is, and what
 was used in it: requests, tokens, money in the ledger's units."""
 _MINUTE_NS = 60 * 10**9
+_MOST = 2**62
+"""A count that gets there stays there: it has a place of 64 bits."""
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -88,14 +90,14 @@ def spent(limits: LimitConfig, counts: Counts, used: Used, at_s: float, now_s: f
         limit, full_ns = _limit(limits, kind, "minute"), counts[place]
         amount = getattr(used, kind)
         if limit is not None and amount:
-            full_ns = (max(full_ns, now_ns) if amount > 0 else full_ns) + _span_ns(amount, limit)
+            full_ns = min(_MOST, (max(full_ns, now_ns) if amount > 0 else full_ns) + _span_ns(amount, limit))
         changed.append(full_ns)
     for span, same, before in _windows(counts, now_s):
         window = _window(span, now_s)
         base = before if same else Used()
         adds = used if _window(span, at_s) == window else Used()
         changed.append(window)
-        changed += [getattr(base, kind) + getattr(adds, kind) for kind in KINDS]
+        changed += [max(-_MOST, min(_MOST, getattr(base, kind) + getattr(adds, kind))) for kind in KINDS]
     return tuple(changed)
 
 
