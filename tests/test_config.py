@@ -22,6 +22,7 @@ from anaphora.config import (
     parse_size,
     settings,
     shown,
+    upstream_key,
 )
 from anaphora.errors import ConfigError
 from anaphora.types import Owner, Tenant
@@ -330,3 +331,97 @@ def test_an_address_of_the_shared_server_must_look_like_one() -> None:
     with pytest.raises(ConfigError, match=r"^cache\.shared: ") as failure:
         load(environ={"ANAPHORA_SHARED": "http://user:word@host"})
     assert "word" not in str(failure.value)
+
+
+# -- upstreams and routes ------------------------------------------------------------------------------------------------
+
+UPSTREAM = '[[gateway.upstreams]]\nname = "one"\nbase_url = "https://api.example.com"\n'
+
+
+def test_upstreams_and_routes_are_read_with_all_they_say() -> None:
+    text = UPSTREAM + 'dialect = "anthropic"\nmodels = ["claude-*"]\nrename = {a = "b"}\nretries = 0\nfirst_s = 1.5\n'
+    text += '[[gateway.routes]]\nmodels = ["claude-opus-*"]\nupstreams = ["one"]\nfallbacks = ["one:claude-haiku"]\n'
+    gateway = load(written(text), environ={}).config.gateway
+    [upstream], [route] = gateway.upstreams, gateway.routes
+    assert (upstream.name, upstream.dialect, upstream.models, upstream.rename) == (
+        "one",
+        "anthropic",
+        ("claude-*",),
+        {"a": "b"},
+    )
+    assert (upstream.retries, upstream.first_s) == (0, 1.5)
+    assert (route.models, route.upstreams, route.fallbacks) == (("claude-opus-*",), ("one",), ("one:claude-haiku",))
+
+
+def test_with_upstreams_there_is_no_engine_unless_one_is_asked_for() -> None:
+    loaded = load(written(UPSTREAM), environ={})
+    assert (loaded.config.engine.kind, loaded.sources["engine.kind"]) == ("none", "default with upstreams")
+    for asked in ('model = "smollm2"', 'kind = "echo"'):
+        assert load(written(f"{UPSTREAM}[engine]\n{asked}\n"), environ={}).config.engine.kind != "none"
+    with pytest.raises(ConfigError, match="without an engine there must be upstreams"):
+        load(written('[engine]\nkind = "none"'), environ={})
+
+
+def test_a_well_known_upstream_in_the_environment_needs_no_more_than_its_address() -> None:
+    environ = {"ANAPHORA_UPSTREAMS": "anthropic=https://api.anthropic.com, local=http://localhost:8000/v1"}
+    one, other = load(environ=environ).config.gateway.upstreams
+    assert (one.name, one.dialect, one.models) == ("anthropic", "anthropic", ("claude-*",))
+    assert (other.name, other.dialect, other.models) == ("local", "openai", ("*",))
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('base_ulr = "x"', "gateway.upstreams[0].base_ulr (from file"),
+        ('dialect = "gemini"', "gateway.upstreams[0].dialect"),
+        ("first_s = 0", "gateway.upstreams[0].first_s"),
+        ("retries = -1", "gateway.upstreams[0].retries"),
+        ('apis = ["messages"]', "gateway.upstreams[0].apis: messages is not one of the dialect openai"),
+        ('dialect = "anthropic"\napis = ["chat"]', "gateway.upstreams[0].apis: chat is not one of the dialect anthropic"),
+        ('key_env = "NOT_THERE"', "gateway.upstreams: one: the environment variable NOT_THERE is not set"),
+        ('key_file = "nowhere"', "gateway.upstreams: one: key_file cannot be read"),
+        ('key_env = "A"\nkey_file = "B"', "gateway.upstreams: one: set at most one of key_env and key_file"),
+    ],
+)
+def test_a_wrong_upstream_is_named_with_what_is_wrong(lines: str, words: str) -> None:
+    assert words in complaint(f"{UPSTREAM}{lines}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[[gateway.upstreams]]\nname = "one"\n', "base_url"),
+        ('[[gateway.upstreams]]\nname = "one"\nbase_url = "api.example.com"\n', "gateway.upstreams[0].base_url: an address"),
+        ('[[gateway.upstreams]]\nname = "o ne"\nbase_url = "http://x"\n', "gateway.upstreams[0].name: letters"),
+        (UPSTREAM + UPSTREAM, "gateway.upstreams[1].name: one is there twice"),
+        (UPSTREAM + "[gateway]\nbreaker_failures = 0\n", "gateway.breaker_failures: expected"),
+    ],
+)
+def test_upstreams_have_a_name_of_their_own_and_an_address(text: str, words: str) -> None:
+    assert words in complaint(text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('upstreams = ["onne"]', "gateway.routes[0]: there is no upstream onne; did you mean one?"),
+        ('upstreams = ["one"]\nfallbacks = ["two:m"]', "gateway.routes[0]: there is no upstream two"),
+        ("upstreams = []", "gateway.routes[0].upstreams: name at least one"),
+        ('upstreams = ["one"]\nfallback = ["one"]', "did you mean fallbacks?"),
+    ],
+)
+def test_a_wrong_route_is_named_with_what_is_wrong(lines: str, words: str) -> None:
+    assert words in complaint(f'{UPSTREAM}[[gateway.routes]]\nmodels = ["m"]\n{lines}\n')
+
+
+def test_a_key_comes_from_the_environment_or_a_file_and_is_never_shown() -> None:
+    Path("key").write_text("from the file\n")
+    text = f'{UPSTREAM}key_file = "key"\n[[gateway.upstreams]]\nname = "two"\nbase_url = "http://x"\nkey_env = "SECRET"\n'
+    environ = {"SECRET": "from the environment"}
+    loaded = load(written(text), environ=environ)
+    one, two = loaded.config.gateway.upstreams
+    assert (upstream_key(one, environ), upstream_key(two, environ)) == ("from the file", "from the environment")
+    assert "from the" not in str(shown(loaded)["gateway.upstreams"])
+    Path("key").write_text(" \n")
+    with pytest.raises(ConfigError, match="key is empty"):
+        upstream_key(one, environ)
