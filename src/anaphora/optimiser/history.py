@@ -160,10 +160,11 @@ class History:
         for i in known.standing:
             own = shrunk(HEAD, [self._chances.get(("at", known.names[i]))], _STRENGTH)
             hazards[i] = _more(hazards[i], own)
+        behind = hazards[-1]
         for i in range(num - 2, -1, -1):
-            if hazards[i] is not hazards[i + 1]:
-                more = _more(hazards[i], hazards[i + 1])
-                hazards[i] = hazards[i + 1] if more == hazards[i + 1] else more
+            own = hazards[i]
+            hazards[i] = hazards[i + 1] if own is behind else _more(own, hazards[i + 1])
+            behind = own
         return hazards
 
     def conversation(self, known: Known) -> Name:
@@ -232,6 +233,10 @@ class History:
         if plan is not None and plan.lane is not None:
             self._arrive(plan.lane, now_s)
         self._enter(marked(prompt, plan.marks, plan.fields) if plan is not None else prompt, lengths, profile, known, now_s)
+
+    def refreshed(self, prompt: Prompt, lengths: Lengths, profile: Profile, known: Known, now_s: float, plan: Plan) -> None:
+        """The provider was asked for `prompt` once more, only so that what it holds lives on: nothing is to be learned of that."""
+        self._enter(marked(prompt, plan.marks, plan.fields), lengths, profile, known, now_s)
 
     def _arrive(self, lane: Lane, now_s: float) -> None:
         beginning = lane.beginning
