@@ -16,10 +16,10 @@ from anaphora.transcript import replay
 from anaphora.types import (
     Choice,
     Completion,
-    Delta,
     FinishReason,
     ModelInfo,
     Request,
+    Said,
     Tenant,
     TextDelta,
     TextPart,
@@ -63,7 +63,7 @@ class Server:
         self.parsed.append(parsed)
         return Parsed(parsed.request, msgspec.structs.replace(parsed.rendering, **self.caching), parsed.read_prompt)
 
-    def _deltas(self, writer_fail: Callable[[ServiceError], bytes], feed: Callable[[Delta], bytes]) -> Iterator[bytes]:
+    def _deltas(self, writer_fail: Callable[[ServiceError], bytes], feed: Callable[[Said], bytes]) -> Iterator[bytes]:
         for number, delta in enumerate(replay(self.completion)):
             if self.error is not None and number == self.error_after:
                 yield writer_fail(self.error)

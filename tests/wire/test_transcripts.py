@@ -19,9 +19,9 @@ from anaphora.types import (
     Begin,
     Choice,
     Completion,
-    Delta,
     End,
     Finish,
+    Said,
     TextDelta,
     TextPart,
     ThinkingDelta,
@@ -99,7 +99,7 @@ TWO_DELTAS = (
     End(USAGE),
 )
 PLAIN = Rendering("m")
-ANSWERS: dict[str, tuple[Completion, tuple[Delta, ...], Rendering]] = {
+ANSWERS: dict[str, tuple[Completion, tuple[Said, ...], Rendering]] = {
     "talk": (TALK, TALK_DELTAS, PLAIN),
     "work": (WORK, WORK_DELTAS, PLAIN),
     "nothing": (NOTHING, NOTHING_DELTAS, PLAIN),
@@ -128,7 +128,7 @@ def asked_responses() -> Rendering:
     return OpenAIResponses().parse(body, tenant=LOCAL_TENANT).rendering
 
 
-async def flow(deltas: tuple[Delta, ...], error: EngineDied | None = None) -> AsyncIterator[Delta]:
+async def flow(deltas: tuple[Said, ...], error: EngineDied | None = None) -> AsyncIterator[Said]:
     for delta in deltas:
         yield delta
     if error is not None:
@@ -180,7 +180,7 @@ def test_a_cut_stream_ends_in_an_error_and_without_the_terminator(dialect: Diale
 def test_closing_the_stream_closes_the_computation(dialect: Dialect) -> None:
     closed = []
 
-    async def endless() -> AsyncIterator[Delta]:
+    async def endless() -> AsyncIterator[Said]:
         try:
             yield Begin("m", PROMPT)
             while True:
