@@ -33,6 +33,7 @@ CORNERS = {
     "uvicorn": ("anaphora.server.*", "anaphora.testing.upstream.serving"),
     "prometheus_client": ("anaphora.server.*",),
     "redis": ("anaphora.tiers.valkey.*",),
+    "zmq": ("anaphora.routing.vllm_events",),
     "genai_prices": ("anaphora.profiles.prices",),
     "sqlite3": ("anaphora.tiers.*", "anaphora.store", "anaphora.ledger.book"),
     "opentelemetry": ("anaphora.ledger.telemetry",),

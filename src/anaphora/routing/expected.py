@@ -69,7 +69,7 @@ class _State:
 
     def __init__(self, options: ExpectedOptions) -> None:
         self.holdings = Holdings()
-        self.started_s = 0.0
+        self.started_s: float | None = None
         self.num_answers = 0
         self.last_turn = 0
         self.tokens_in_flight = 0
@@ -207,7 +207,7 @@ class Expected:
         prefill_s = timing.prefill_s(name, features)
         capacity = state.holdings.capacity_tokens
         state.tokens_in_flight += _tokens(question)
-        crowded = capacity is not None and state.tokens_in_flight > capacity
+        crowded = capacity is not None and state.tokens_in_flight > capacity and self.in_flight.count(name) > 0
         trail = state.holdings.sent(question)
         expected_s = choice.expected_s or 0.0
         wait_s = choice.reasons.get("queue", 0.0)
@@ -280,8 +280,7 @@ class Expected:
             state.failures.add(1.0, now_s)
 
     def events(self, replica: str, events: Sequence[CacheEvent], now_s: float) -> None:
-        if replica in self._states:
-            self._states[replica].holdings.events(events)
+        self._states.setdefault(replica, _State(self._options)).holdings.events(events)
 
     def load(self, replica: str, load: Load, now_s: float) -> None:
         """Requests there that are not ours."""
@@ -305,12 +304,12 @@ class Expected:
         state = self._states.get(replica.name)
         if state is None:
             state = self._states[replica.name] = _State(self._options)
+        if state.started_s is None:
             state.tokens_in_flight = sum(_tokens(one.question) for one in self.in_flight.of(replica.name))
-            state.started_s = replica.started_s
-        if replica.started_s != state.started_s:
-            state.started_s = replica.started_s
+        elif replica.started_s != state.started_s:
             state.num_answers = 0
             state.holdings.clear()
+        state.started_s = replica.started_s
         state.holdings.capacity_tokens = replica.capacity_tokens
         self._pools[replica.name] = replica.pool
         return state

@@ -98,8 +98,8 @@ class Holdings:
         number = self._present(question)
         steps: list[tuple[int, int]] = []
         for index in range(number):
-            entry = entries[chain[index]]
-            if entry.touch in self._unsettled:
+            entry = entries.get(chain[index])  # a replica's own events may leave a hole
+            if entry is None or entry.touch in self._unsettled:
                 continue
             if steps and steps[-1][1] == entry.touch:
                 steps[-1] = (ends[index], entry.touch)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from anaphora.routing.base import Choice, Question, Replica
+from anaphora.routing.base import Choice, Question, Replica, RequestId
 from anaphora.routing.inflight import Counting
-from anaphora.routing.simulation import Engine, Job
+from anaphora.routing.simulation import Engine
 
 
 class Oracle(Counting):
@@ -16,29 +16,41 @@ class Oracle(Counting):
     def __init__(self) -> None:
         super().__init__()
         self._engines: Mapping[str, Engine] = {}
+        self._cached_tokens: dict[RequestId, int] = {}
+        """Of those that wait: what will be there when their turn comes. Nothing that comes later changes it."""
 
     def see(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
 
     def pick(self, question: Question, replicas: Sequence[Replica], now_s: float) -> Choice | None:
-        return self.least(replicas, lambda replica: self._whole_s(self._engines[replica.name], question, now_s))
+        choice = self.least(replicas, lambda replica: self._whole_s(self._engines[replica.name], question))
+        if choice is None:
+            return None
+        cached = self._cached(self._engines[choice.replica], question)
+        return Choice(choice.replica, cached_tokens=cached, scores=choice.scores)
 
-    def _whole_s(self, engine: Engine, question: Question, now_s: float) -> float:
+    def began(self, request: RequestId, question: Question, choice: Choice, now_s: float) -> None:
+        super().began(request, question, choice, now_s)
+        self._cached_tokens[request] = choice.cached_tokens
+
+    def ended(self, request: RequestId, now_s: float, *, output_tokens: int, cached_tokens: int | None = None) -> None:
+        super().ended(request, now_s, output_tokens=output_tokens, cached_tokens=cached_tokens)
+        del self._cached_tokens[request]
+
+    def _whole_s(self, engine: Engine, question: Question) -> float:
         speed = engine.speed
         decoding = engine.num_decoding
         decode_s = max(speed.step_s, (decoding + 1) * speed.token_s) + engine.context_tokens * speed.context_s
         # Of the queue: what each still has to compute, chunk by chunk beside the answers being written.
-        ahead = [*engine.prefilling, *engine.waiting]
         queue_s = 0.0
         needed = question.num_tokens + question.output_tokens
         for job in engine.prefilling:
             queue_s += self._prefill_s(engine, job.done_tokens, job.arrival.question.num_tokens)
-        for number, job in enumerate(engine.waiting):
-            asked = job.arrival.question
-            cached = self._cached(engine, asked, [*engine.prefilling, *list(engine.waiting)[:number]])
+        for job in engine.waiting:
+            asked, cached = job.arrival.question, self._cached_tokens[job.request]
             queue_s += self._prefill_s(engine, cached, asked.num_tokens)
             needed += asked.num_tokens - cached + question.output_tokens
-        cached = self._cached(engine, question, ahead)
+        cached = self._cached(engine, question)
         needed -= cached
         room_s, available = 0.0, engine.cache.available_tokens
         for remaining, held in engine.remaining():
@@ -57,8 +69,9 @@ class Oracle(Counting):
         linear = max(steps * speed.step_s, computed * speed.token_s)
         return linear + computed * (cached + computed / 2) * speed.position_s + steps * beside
 
-    def _cached(self, engine: Engine, question: Question, ahead: Sequence[Job]) -> int:
+    def _cached(self, engine: Engine, question: Question) -> int:
         """What will be there when those ahead are computed."""
+        ahead = [*engine.prefilling, *engine.waiting]
         number = max([engine.cache.present(question), *(_shared(question, job.arrival.question) for job in ahead)])
         number = min(number, bisect_left(question.ends, question.num_tokens))
         return question.ends[number - 1] if number else 0

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anaphora.routing.rates import Decaying, Factor, Rates
+
+
+def test_rates_are_found_whatever_was_thought_before() -> None:
+    rng = Random(1)
+    rates = Rates((1.0, 1.0), (1.0, 1.0))
+    for _ in range(300):
+        n = rng.uniform(0.1, 10)
+        rates.add((1.0, n), (0.02 + 0.005 * n) * rng.uniform(0.9, 1.1))
+    assert rates((1.0, 5.0)) == pytest.approx(0.045, rel=0.1)
+    assert rates((1.0, 0.5)) == pytest.approx(0.0225, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100), st.floats(0, 1000)), max_size=30))
+def test_no_rate_is_ever_negative(observations: list[tuple[float, float, float]]) -> None:
+    rates = Rates((0.1, 0.1), (1.0, 1.0))
+    for one, other, y in observations:
+        rates.add((one, other), y)
+        assert min(rates.rates) >= 0
+
+
+def test_what_was_added_fades() -> None:
+    sum_ = Decaying(10.0)
+    sum_.add(8.0, 0.0)
+    assert sum_(0.0) == 8.0
+    assert sum_(10.0) == pytest.approx(8 / 2.718281828)
+    sum_.add(1.0, 1000.0)
+    assert sum_(1000.0) == pytest.approx(1.0)
+
+
+def test_replicas_that_are_alike_but_for_chance_stay_alike() -> None:
+    rng = Random(2)
+    pool, own = Factor(0.998), Factor()
+    for number in range(400):
+        took = rng.lognormvariate(0, 0.5)
+        pool.add(1.0, took)
+        if number % 4 == 0:
+            own.add(1.0, took)
+    assert own.beside(pool) == pytest.approx(1.0, abs=0.1)
+
+
+def test_one_that_takes_twice_as_long_is_known_after_a_few_answers() -> None:
+    pool, own = Factor(0.998), Factor()
+    for _ in range(100):
+        pool.add(1.0, 1.0)
+    for _ in range(12):
+        own.add(1.0, 2.0)
+    assert 1.5 < own.beside(pool) <= 2.0

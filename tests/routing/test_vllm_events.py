@@ -1,0 +1,107 @@
+"""Against a real ZeroMQ publisher that encodes batches as vLLM does: structs in arrays, tagged by the name of their class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from anaphora.keys import block_hashes
+from anaphora.routing.base import BlocksCleared, BlocksRemoved, BlocksStored, CacheEvent, question
+from anaphora.routing.expected import Expected
+from anaphora.routing.router import Router
+from anaphora.routing.vllm_events import Subscriber, Translator
+from anaphora.testing.routing import fleet
+
+zmq = pytest.importorskip("zmq")
+
+NAMESPACE = b"ours"
+TOKENS = list(range(100, 164))
+OURS = tuple(block_hashes(NAMESPACE, TOKENS, 16))
+
+
+def stored(names: list[Any], parent: Any, tokens: list[int], **fields: Any) -> dict[str, Any]:
+    event = {"block_hashes": names, "parent_block_hash": parent, "token_ids": tokens, "block_size": 16}
+    return {"type": "BlockStored", **event, "lora_id": None, "medium": "GPU", "lora_name": None, **fields}
+
+
+def removed(names: list[Any], **fields: Any) -> dict[str, Any]:
+    return {"type": "BlockRemoved", "block_hashes": names, "medium": "GPU", **fields}
+
+
+def batch(*events: dict[str, Any]) -> bytes:
+    return msgspec.msgpack.encode([1.5, list(events), 0])
+
+
+FIRST = stored([b"v0", b"v1"], None, TOKENS[:32])
+THEN = stored([b"v2", b"v3"], b"v1", TOKENS[32:])
+
+
+def test_blocks_get_the_names_that_chains_of_ours_have() -> None:
+    translator = Translator(NAMESPACE)
+    assert translator.batch(batch(FIRST, THEN)) == [BlocksStored(OURS[:2], (16, 16)), BlocksStored(OURS[2:], (16, 16))]
+    assert translator.batch(batch(removed([b"v3", b"never seen"]))) == [BlocksRemoved((OURS[3],))]
+    assert translator.batch(batch({"type": "AllBlocksCleared"})) == [BlocksCleared()]
+    assert translator.batch(batch(THEN)) == []  # its beginning is not known any more
+
+
+def test_hashes_may_be_numbers_and_unknown_fields_are_passed_over() -> None:
+    event = stored([7, 8], None, TOKENS[:32], group_idx=0, kv_cache_spec_kind="full", something_new=[1])
+    assert Translator(NAMESPACE).batch(batch(event)) == [BlocksStored(OURS[:2], (16, 16))]
+
+
+def test_a_block_that_moves_to_memory_of_the_machine_is_in_a_slower_place() -> None:
+    translator = Translator(NAMESPACE)
+    translator.batch(batch(FIRST))
+    events = translator.batch(
+        batch(stored([b"v0"], None, TOKENS[:16], medium="CPU"), removed([b"v0"]), removed([b"v0"], medium="CPU"))
+    )
+    assert events == [BlocksStored(OURS[:1], (16,), "cpu"), BlocksRemoved(OURS[:1]), BlocksRemoved(OURS[:1], "cpu")]
+
+
+@pytest.mark.parametrize("apart", [{"lora_name": "an adapter"}, {"extra_keys": [["a salt"], None]}])
+def test_blocks_of_adapters_and_salts_are_passed_over(apart: dict[str, Any]) -> None:
+    assert Translator(NAMESPACE).batch(batch(stored([b"v0", b"v1"], None, TOKENS[:32], **apart))) == []
+
+
+def test_what_is_no_batch_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="not a batch"):
+        Translator(NAMESPACE).batch(b"\x00garbage")
+
+
+@pytest.fixture
+def publisher() -> Iterator[Any]:
+    context = zmq.Context()
+    socket = context.socket(zmq.XPUB)  # as PUB, and it tells when somebody has subscribed
+    socket.bind("tcp://127.0.0.1:0")
+    yield socket
+    socket.close(linger=0)
+    context.term()
+
+
+def test_a_router_follows_what_a_publisher_says(publisher: Any) -> None:
+    strategy = Expected()
+    router = Router(strategy, fleet("one", capacity_tokens=None))
+    asked = question(OURS, 16, 70)
+    with Subscriber(publisher.getsockopt_string(zmq.LAST_ENDPOINT), Translator(NAMESPACE)) as subscriber:
+        assert publisher.recv() == b"\x01"
+        found = []
+        messages: list[tuple[int, bytes]] = [
+            (0, batch(FIRST, THEN)),
+            (1, batch(removed([b"v3"]))),
+            (2, b"garbage"),
+            (5, batch(removed([b"v2"]))),
+            (0, batch(FIRST)),  # it has restarted
+        ]
+        for number, payload in messages:
+            publisher.send_multipart((b"", number.to_bytes(8, "big"), payload))
+            events: list[CacheEvent] = list(subscriber.read(10.0))
+            router.events("one", events, 0.0)
+            choice = strategy.pick(asked, router.replicas, 0.0)
+            assert choice is not None
+            found.append(choice.cached_tokens)
+        assert subscriber.num_missed == 2
+        assert subscriber.read(0.0) == ()
+    assert found == [64, 48, 48, 32, 32]
