@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anthropic
 import openai
@@ -34,12 +34,25 @@ _DIALECTS: dict[str, Dialect] = {
 
 
 class Gateway:
-    """A server process, and clients for it. What it writes to its error stream is in `lines`."""
+    """A server process, and clients for it."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str, lines: list[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process = process
         self.url = url
-        self.lines = lines
+        self.lines: list[str] = []
+        """What it wrote to its error stream."""
+        self._wrote = threading.Condition()
+
+    def read(self, stream: IO[str]) -> None:
+        for line in stream:
+            with self._wrote:
+                self.lines.append(line)
+                self._wrote.notify_all()
+
+    def wait_for(self, words: str) -> None:
+        """Returns when a line with these has been written."""
+        with self._wrote:
+            assert self._wrote.wait_for(lambda: any(words in line for line in self.lines), timeout=60)
 
     def claude(self, key: str = CLIENT_KEY, **options: Any) -> anthropic.Anthropic:
         return anthropic.Anthropic(base_url=self.url, api_key=key, **{"max_retries": 0, **options})
@@ -59,18 +72,21 @@ def gateway(toml: str, folder: Path, *flags: str, variables: Mapping[str, str] |
     environ |= {"OUR_KEY": OUR_KEY, **(variables or {})}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
     assert process.stderr is not None
-    lines: list[str] = []
-    try:
-        line = process.stderr.readline()
-        assert MARK in line, line + process.stderr.read()
-        reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
-        reader.start()
-        yield Gateway(process, line.partition(MARK)[2].strip(), lines)
-    finally:
-        process.terminate()
-        process.wait()
-        reader.join()
-        process.stderr.close()
+    with process, process.stderr:
+        try:
+            line = process.stderr.readline()
+            assert MARK in line, line + process.stderr.read()
+            served = Gateway(process, line.partition(MARK)[2].strip())
+            reader = threading.Thread(target=served.read, args=(process.stderr,), daemon=True)
+            reader.start()
+            try:
+                yield served
+            finally:
+                process.terminate()
+                reader.join()
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def upstream(name: str, at: Control, models: str, **fields: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -173,14 +174,6 @@ def test_that_our_own_key_was_refused_is_nothing_the_client_could_mend(
         assert OUR_KEY not in str(of_claude.value.body)
 
 
-def test_a_refusal_is_not_remembered(gpt: openai.OpenAI, primary: Control) -> None:
-    primary.answer("No.", reason="refusal", count=2)
-    question = say()
-    answers = [chat(gpt, messages=question) for _ in range(2)]
-    assert [answer.choices[0].finish_reason for answer in answers] == ["content_filter"] * 2
-    assert len(primary.requests()) == 2
-
-
 # -- once more -----------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +250,17 @@ def test_a_refused_connection_is_tried_again_and_then_told(claude: anthropic.Ant
     with pytest.raises(openai.InternalServerError, match="nobody cannot be reached") as of_gpt:
         chat(gpt, "no-model")
     assert of_claude.value.status_code == of_gpt.value.status_code == 502
+
+
+def test_a_provider_that_is_back_after_a_moment_answers(tmp_path: Path) -> None:
+    with Upstream("restarts") as restarts:
+        toml = upstream("restarts", restarts, "gpt-*", retries=3)
+        with gateway(toml, tmp_path) as served, served.gpt() as gpt, ThreadPoolExecutor(1) as pool:
+            with restarts.refusing():
+                answer = pool.submit(chat, gpt)
+                served.wait_for("restarts cannot be reached")
+            assert answer.result().choices
+        assert the_one(restarts).outcome == "finished"
 
 
 # -- somebody else -------------------------------------------------------------------------------------------------------

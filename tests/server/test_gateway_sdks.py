@@ -9,13 +9,14 @@ import asyncio
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
 import msgspec
 import pytest
 from tests.server.gateways import CLAUDE, GPT, Gateway, arrived, gateway, the_one, upstream
+from tests.server.provided import COMPLETION, MESSAGE, RESPONSE
 from tests.server.speakers import Chat, Messages, Responses, Speaker, Wishes, heard, user
 
 from anaphora.testing.upstream import ToolCall, Upstream
@@ -79,6 +80,12 @@ def served(upstreams: tuple[Upstream, Upstream], tmp_path_factory: pytest.TempPa
         yield served
 
 
+def ways(fits: Callable[[type[Any], str], bool]) -> pytest.MarkDecorator:
+    """Only those for which a test makes sense."""
+    params = [pytest.param(way, id=name) for name, way in WAYS.items() if fits(*way)]
+    return pytest.mark.parametrize("way", params, indirect=True)
+
+
 @pytest.fixture(params=list(WAYS.values()), ids=list(WAYS))
 def way(request: pytest.FixtureRequest, served: Gateway, upstreams: tuple[Upstream, Upstream]) -> Iterator[Way]:
     kind, model = request.param
@@ -140,9 +147,8 @@ def test_an_answer_stops_at_the_limit_and_says_so(way: Way) -> None:
     assert arrived(the_one(way.upstream)).max_tokens == 2
 
 
+@ways(lambda kind, _: kind is not Responses)  # which has none
 def test_stop_sequences_arrive_and_cut_the_answer(way: Way) -> None:
-    if isinstance(way.speaker, Responses):
-        pytest.skip("that API has none")
     said = way.speaker.ask(way.model, user(fresh("up to here and no further")), Wishes(stop=("and",)))
     assert (said.text.strip(), said.reason) == ("up to here", "end")
     assert arrived(the_one(way.upstream)).sampling.stop == ("and",)
@@ -201,9 +207,8 @@ def test_results_of_tools_arrive_in_their_place(way: Way) -> None:
     assert arrived(the_one(way.upstream)).messages == talk
 
 
+@ways(lambda kind, _: kind is Messages)  # the only dialect that says so
 def test_that_a_tool_failed_arrives(way: Way) -> None:
-    if not isinstance(way.speaker, Messages):
-        pytest.skip("only Anthropic's dialect says so")
     talk = (
         *user(fresh("Look at the table.")),
         Message("assistant", (ToolUsePart("call_1", "look", "{}"),)),
@@ -269,65 +274,6 @@ def test_text_of_every_kind_comes_back_as_it_was(way: Way) -> None:
 
 # -- prompt caching ----------------------------------------------------------------------------------------------------
 
-ANTHROPIC_USAGE = {
-    "input_tokens": 10,
-    "cache_creation_input_tokens": 20,
-    "cache_creation": {"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 15},
-    "cache_read_input_tokens": 30,
-    "output_tokens": 3,
-}
-MESSAGE: dict[str, Any] = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": CLAUDE,
-    "content": [{"type": "text", "text": "hi"}],
-}
-MESSAGE |= {"stop_reason": "end_turn", "stop_sequence": None, "usage": ANTHROPIC_USAGE}
-COMPLETION = {
-    "id": "chatcmpl-1",
-    "object": "chat.completion",
-    "created": 1,
-    "model": GPT,
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop", "logprobs": None}],
-    "usage": {
-        "prompt_tokens": 60,
-        "completion_tokens": 3,
-        "total_tokens": 63,
-        "prompt_tokens_details": {
-            "cached_tokens": 30,
-            "cache_write_tokens": 20,
-            "cache_write_tokens_details": {"ttl_30m_tokens": 20},
-        },
-    },
-}
-RESPONSE = {
-    "id": "resp_1",
-    "object": "response",
-    "created_at": 1,
-    "status": "completed",
-    "model": GPT,
-    "output": [
-        {
-            "type": "message",
-            "id": "msg_1",
-            "role": "assistant",
-            "status": "completed",
-            "content": [{"type": "output_text", "text": "hi", "annotations": []}],
-        }
-    ],
-    "parallel_tool_calls": True,
-    "tool_choice": "auto",
-    "tools": [],
-    "usage": {
-        "input_tokens": 60,
-        "output_tokens": 3,
-        "total_tokens": 63,
-        "input_tokens_details": {"cached_tokens": 30, "cache_write_tokens": 20},
-        "output_tokens_details": {"reasoning_tokens": 0},
-    },
-}
-
 
 def test_what_was_read_from_a_cache_and_written_is_told_in_the_clients_words(way: Way) -> None:
     body = MESSAGE if way.model == CLAUDE else COMPLETION
@@ -343,9 +289,8 @@ def test_what_was_read_from_a_cache_and_written_is_told_in_the_clients_words(way
     assert len(way.upstream.requests()) == 1
 
 
+@ways(lambda kind, model: kind is not Messages and model != CLAUDE)  # which caches what is marked
 def test_a_prompt_that_the_provider_has_cached_is_told_as_read(way: Way) -> None:
-    if isinstance(way.speaker, Messages) or way.model == CLAUDE:
-        pytest.skip("Anthropic caches what is marked")
     talk = user(fresh("a long story, told again and again, and then again, ") * 200)
     way.upstream.answer("Yes.")
     way.speaker.ask(way.model, talk)

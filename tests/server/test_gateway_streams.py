@@ -261,6 +261,17 @@ def test_the_directives_of_a_client_are_kept_to(way: tuple[Speaker, str], provid
     assert [num_asked(directive) for directive in ("no-cache", "only-if-cached")] == [3, 3]
 
 
+def test_a_refusal_is_not_remembered(way: tuple[Speaker, str], provider: Control) -> None:
+    speaker, model = way
+    talk = question()
+    provider.answer("No.", reason="refusal", count=2)
+    for _ in range(2):
+        said = speaker.ask(model, talk)
+        assert said.text == "No."
+        assert said.reason == "refusal" or isinstance(speaker, Responses)
+    assert len(provider.requests()) == 2
+
+
 def test_what_the_provider_keeps_for_the_client_is_not_recalled(served: Gateway, provider: Control) -> None:
     with served.gpt() as gpt:
         for _ in range(2):

@@ -10,6 +10,7 @@ import anthropic
 import openai
 import pytest
 from tests.server.gateways import CLAUDE, CLIENT_KEY, GPT, OUR_KEY, Gateway, gateway, the_one, upstream
+from tests.server.provided import COMPLETION, MESSAGE, Json
 
 from anaphora.testing.upstream import Control, Upstream
 from anaphora.wire import sse
@@ -17,26 +18,6 @@ from anaphora.wire import sse
 OPEN_CLAUDE, OPEN_GPT = "claude-haiku-4-5", "gpt-5.4"
 """Models of providers that clients bring their own keys for."""
 ALICE, BOB, MALLORY = "key-of-alice", "key-of-bob", "key-of-mallory"
-
-Json = dict[str, Any]
-MESSAGE: Json = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": CLAUDE,
-    "content": [{"type": "text", "text": "hi"}],
-    "stop_reason": "end_turn",
-    "stop_sequence": None,
-    "usage": {"input_tokens": 1, "output_tokens": 1},
-}
-COMPLETION: Json = {
-    "id": "chatcmpl-1",
-    "object": "chat.completion",
-    "created": 1,
-    "model": GPT,
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop", "logprobs": None}],
-    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-}
 
 
 @pytest.fixture(scope="module")
