@@ -90,7 +90,7 @@ class StrategyContract:
                 self.strategy = make()
                 self.router = Router(self.strategy, fleet("r0", "r1"))
 
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             Machine,
             settings=settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)),
         )
