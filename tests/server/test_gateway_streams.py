@@ -197,7 +197,7 @@ def test_asynchronous_clients_stream_and_leave(served: Gateway, slow: Control) -
 def test_who_leaves_a_shared_answer_takes_it_from_nobody(messages: Messages, responses: Responses, slow: Control) -> None:
     for speaker, model in ((messages, SLOW_CLAUDE), (responses, SLOW_GPT)):
         slow.clear()
-        talk = question("shared by two")
+        talk = question("shared by two and by nobody else but those two who asked")
         with closing(speaker.stream(model, talk)) as stays:
             assert next(stays) == "shared "
             with closing(speaker.stream(model, talk)) as leaves:
@@ -212,7 +212,7 @@ def test_who_leaves_a_shared_answer_takes_it_from_nobody(messages: Messages, res
 def test_the_same_question_at_the_same_time_reaches_the_provider_once(way: tuple[Speaker, str], slow: Control) -> None:
     speaker, model = way
     model = SLOW_CLAUDE if model == CLAUDE else SLOW_GPT
-    talk = question("all at once")
+    talk = question("all at once and with not one of them too late")
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: heard(speaker.stream(model, talk))[1], range(8)))
     assert [answer.text for answer in answers] == [words(talk)] * 8
@@ -220,14 +220,15 @@ def test_the_same_question_at_the_same_time_reaches_the_provider_once(way: tuple
 
 
 def test_usage_is_told_to_whoever_asked_for_it_of_those_who_share(served: Gateway, slow: Control) -> None:
-    asked: Any = [{"role": "user", "content": words(question("shared usage"))}]
+    text = words(question("shared usage of two who asked for it in their own ways"))
+    asked: Any = [{"role": "user", "content": text}]
     with served.gpt() as gpt, ExitStack() as stack:
         create: Callable[..., Any] = gpt.chat.completions.create
         without = stack.enter_context(create(model=SLOW_GPT, messages=asked, stream=True))
         told = stack.enter_context(create(model=SLOW_GPT, messages=asked, stream=True, stream_options={"include_usage": True}))
         usages = [[chunk.usage for chunk in stream if not chunk.choices] for stream in (without, told)]
     assert usages[0] == []
-    assert [usage.completion_tokens for usage in usages[1]] == [3]
+    assert [usage.completion_tokens for usage in usages[1]] == [len(text.split())]
 
 
 def test_a_repeated_question_never_leaves_the_machine_whatever_the_dialect(
