@@ -126,11 +126,13 @@ def _nobody() -> Backend:
 
 def _fleet(config: Config, local: Backend | None, clock: Clock, emit: Emit) -> Fleet:
     from anaphora.backends.optimising import Optimising
+    from anaphora.backends.pinging import Pinging
     from anaphora.backends.upstream import Upstream, UpstreamOptions
     from anaphora.fleet import Fleet, optimiser_options
     from anaphora.routing.expected import ExpectedOptions
 
-    optimising = Optimising(clock=clock, emit=emit)
+    pinging = Pinging(config.gateway.optimiser.ping_tokens_per_hour, clock=clock, emit=emit)
+    optimising = Optimising(clock=clock, emit=emit, pinging=pinging)
 
     shared = set(UpstreamOptions.__struct_fields__) & set(UpstreamConfig.__struct_fields__)
 
@@ -151,14 +153,14 @@ def _dialects(upstream: UpstreamConfig) -> dict[str, UpstreamDialect]:
     if upstream.dialect == "anthropic":
         from anaphora.wire.upstream_anthropic import UpstreamAnthropic
 
-        return {"anthropic": UpstreamAnthropic(max_tokens=upstream.max_tokens)}
+        return {"anthropic": UpstreamAnthropic(max_tokens=upstream.max_tokens, extensions=upstream.extensions)}
     from anaphora.wire.upstream_chat import UpstreamChat
     from anaphora.wire.upstream_completions import UpstreamCompletions
     from anaphora.wire.upstream_responses import UpstreamResponses
 
     apis: dict[Api, UpstreamDialect] = {
-        "chat": UpstreamChat(),
-        "responses": UpstreamResponses(),
+        "chat": UpstreamChat(limit=upstream.limit, extensions=upstream.extensions),
+        "responses": UpstreamResponses(extensions=upstream.extensions),
         "completions": UpstreamCompletions(),
     }
     wanted = upstream.apis or tuple(apis)

@@ -183,6 +183,10 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Patterns of what else clients may ask of it with a key of ours. With keys of their own they may ask anything."""
     ca_file: str = ""
     """Of the authority that signed its certificate. Empty: those the system trusts."""
+    limit: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    """How Chat Completions limit an answer there: OpenAI's reasoning models know the newer field alone, others the older."""
+    extensions: bool = False
+    """It takes what Anaphora, vLLM, SGLang and llama.cpp take beyond the provider's API: `top_k`, `min_p`, `cache_salt`."""
     max_tokens: Positive = 4096
     """Of an answer, where the upstream's dialect demands a limit and the client's has none."""
     connect_s: Seconds = 5.0
@@ -216,6 +220,9 @@ class OptimiserConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`advise`: only headers and explanations say what would be done."""
     rewrites: tuple[Literal["tools", "schemas", "volatile"], ...] = ()
     """Sort tools, sort keys of their schemas, move lines of the system prompt that change with every request to the end."""
+    ping_tokens_per_hour: Natural = 0
+    """What may be spent on keeping entries alive that are likely to be asked for again, in tokens at the plain price. Of
+    `gateway.optimiser` only."""
 
 
 class RouteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

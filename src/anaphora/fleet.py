@@ -22,6 +22,7 @@ import msgspec
 from anaphora.backends.base import Backend, Foreign, Forwarded
 from anaphora.backends.breaker import Breaker
 from anaphora.backends.optimising import OptimiserOptions, Optimising
+from anaphora.backends.pinging import Pinging
 from anaphora.backends.upstream import Upstream
 from anaphora.clock import Clock, SystemClock
 from anaphora.config import GatewayConfig, OptimiserConfig, RouteConfig, UpstreamConfig
@@ -33,6 +34,7 @@ from anaphora.routing.base import Replica as RoutedReplica
 from anaphora.routing.questions import of_request
 from anaphora.routing.router import Route, Router
 from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope, Usage
+from anaphora.wire.fields import Json
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ PATIENCE_S = 30.0
 """The longest pause before everybody is asked again; a client that is told to come back later than that is told so."""
 _FIRST_PAUSE_S = 0.5
 _WATCH_EVERY_S = 1.0
+_PING_EVERY_S = 1.0
+SHORT_TOKENS = 1024
+"""What providers call a prompt that is too short for their cache."""
 NO_QUESTION = Question((), (), 1)
 """Where there is no choice, nobody need know what is asked."""
 
@@ -120,6 +125,7 @@ class Fleet:
         for replica in self._replicas.values():
             self._router.add(_as_routed(replica))
         self._watching: dict[str, asyncio.Task[None]] = {}
+        self._pings: asyncio.Task[None] | None = None
         self._local_models: tuple[ModelInfo, ...] = ()
         self._models: tuple[ModelInfo, ...] = ()
         self._leaving: dict[str, asyncio.Task[None]] = {}
@@ -179,6 +185,14 @@ class Fleet:
 
         self._watching[replica.name] = asyncio.create_task(watch(), name="anaphora-watch")
 
+    async def _keep_alive(self, pinging: Pinging) -> None:
+        async def send(name: str, request: Request, body: Json) -> Usage:
+            return await self._replica(name).upstream.ping(request, body)
+
+        while True:
+            await asyncio.sleep(_PING_EVERY_S)
+            await pinging.once(send)
+
     def replicas(self) -> tuple[ReplicaState, ...]:
         now_s = self._clock.monotonic_s()
         return tuple(
@@ -207,6 +221,8 @@ class Fleet:
         for replica in self._replicas.values():
             await replica.upstream.start()
             self._watch(replica)
+        if self._optimising is not None:
+            self._pings = asyncio.create_task(self._keep_alive(self._optimising.pinging), name="anaphora-keep-alive")
         if self._local is not None:
             await self._local.start()
 
@@ -445,8 +461,9 @@ class Fleet:
         return found
 
     async def aclose(self) -> None:
-        for task in (*self._leaving.values(), *self._watching.values()):
-            task.cancel()
+        for task in (*self._leaving.values(), *self._watching.values(), self._pings):
+            if task is not None:
+                task.cancel()
         for replica in self._replicas.values():
             await replica.upstream.aclose()
         if self._local is not None:
@@ -498,8 +515,10 @@ class _Counted(TypedDict):
 
 
 def _counts(usage: Usage) -> _Counted:
-    """What an answer says of itself; an upstream that counts nothing says nothing of its cache."""
-    cached = usage.cache_read_input_tokens if usage.prompt_tokens else None
+    """What an answer says of itself. Of short prompts most providers say nothing, whatever they have."""
+    cached: int | None = usage.kv_reused_tokens or usage.cache_read_input_tokens
+    if not cached and usage.prompt_tokens < SHORT_TOKENS:
+        cached = None
     return _Counted(output_tokens=usage.output_tokens, cached_tokens=cached)
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from anaphora import profiles
 from anaphora.backends.echo_lengths import Counter
+from anaphora.backends.pinging import Pinging, Sent
 from anaphora.clock import Clock
 from anaphora.events import Emit, Optimised
 from anaphora.optimiser import FanOut, Histories, History, Known, Plan, Settings, Turn, apply, cold, plan
@@ -78,7 +79,8 @@ class Sending:
 class Optimising:
     """For one event loop; upstreams share it, histories and turns are apart for each of them."""
 
-    def __init__(self, *, clock: Clock, emit: Emit) -> None:
+    def __init__(self, *, clock: Clock, emit: Emit, pinging: Pinging | None = None) -> None:
+        self.pinging = Pinging(0, clock=clock, emit=emit) if pinging is None else pinging
         self._clock = clock
         self._emit = emit
         self._histories = Histories()
@@ -114,11 +116,18 @@ class Optimising:
             if not found.empty:
                 sent = apply(sent, found)
         headers = dict(found.headers) if active else {}
-        return Sending(
-            sent, headers, _summary(options.mode, found), turn, self._learner(history, prompt, lengths, profile, used)
-        )
+        learn = self._learner(history, prompt, lengths, profile, used)
+        kept = Sent(request, upstream, prompt, lengths, profile, history, found, dict(sent)) if active else None
+
+        def leave() -> None:
+            learn()
+            if kept is not None:
+                self.pinging.sent(kept)
+
+        return Sending(sent, headers, _summary(options.mode, found), turn, leave)
 
     def forget(self, scope: Scope) -> int:
+        self.pinging.forget(scope)
         return self._histories.forget(scope)
 
     def _learner(

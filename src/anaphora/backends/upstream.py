@@ -22,7 +22,20 @@ from anaphora.backends.http import Http, Reply, Unreachable
 from anaphora.backends.optimising import OptimiserOptions, Optimising
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
-from anaphora.types import Begin, Delta, End, Finish, ModelInfo, Raw, Request, Scope, TextDelta, ThinkingDelta, ToolUseDelta
+from anaphora.types import (
+    Begin,
+    Delta,
+    End,
+    Finish,
+    ModelInfo,
+    Raw,
+    Request,
+    Scope,
+    TextDelta,
+    ThinkingDelta,
+    ToolUseDelta,
+    Usage,
+)
 from anaphora.wire.base import encode
 from anaphora.wire.fields import Json
 from anaphora.wire.upstream import Reader, UpstreamDialect
@@ -152,11 +165,15 @@ class Upstream:
         self._num_requests += 1
         try:
             reply = await self._begun(sent, dialect, body)
+            reused = _reused(reply.headers)
             try:
                 async with aclosing(self._answer(reply, dialect, body, started_s)) as deltas:
                     async for delta in deltas:
                         if isinstance(delta, End):
                             delta = msgspec.structs.replace(delta, compute_s=self._clock.monotonic_s() - started_s)
+                        if reused and isinstance(delta, Begin | End):
+                            usage = msgspec.structs.replace(delta.usage, kv_reused_tokens=reused)
+                            delta = msgspec.structs.replace(delta, usage=usage)
                         yield delta
                 await reply.finish()
             finally:
@@ -173,6 +190,24 @@ class Upstream:
                 self._idle.set()
             if self._slots is not None:
                 self._slots.release()
+
+    async def ping(self, request: Request, body: Json) -> Usage:
+        """Send `body` for what it does to the provider's cache; what it cost. Raises UpstreamFailed."""
+        dialect = self._main
+        whole = {name: value for name, value in body.items() if name != "stream"}
+        sent = self._request(request, dialect.path, encode(whole))
+        try:
+            reply = await self._begun(sent, dialect, whole)
+            try:
+                async with asyncio.timeout(self.options.first_s):
+                    data = await reply.read()
+            finally:
+                reply.close()
+        except TimeoutError as error:
+            raise self._late(_NOT_OVER, self.options.first_s) from error
+        except Unreachable as error:
+            raise self._unreachable(error, whole) from error
+        return next((delta.usage for delta in dialect.read_whole(data) if isinstance(delta, End)), Usage())
 
     async def count_tokens(self, request: Request) -> int:
         """Asks it where its dialect has a way to. Raises NotFound where not."""
@@ -474,6 +509,12 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
         except (KeyError, ValueError):
             continue
     return None
+
+
+def _reused(headers: Mapping[str, str]) -> int:
+    """Of an upstream that is an Anaphora itself: prompt tokens that its engine really had, whatever the accounting says."""
+    text = headers.get("x-anaphora-kv-reused-tokens", "")
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _client_headers(headers: Mapping[str, str], name: str) -> tuple[tuple[str, str], ...]:

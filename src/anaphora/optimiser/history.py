@@ -235,7 +235,7 @@ class History:
         self._enter(marked(prompt, plan.marks, plan.fields) if plan is not None else prompt, lengths, profile, known, now_s)
 
     def refreshed(self, prompt: Prompt, lengths: Lengths, profile: Profile, known: Known, now_s: float, plan: Plan) -> None:
-        """The provider was asked for `prompt` once more, only so that what it holds lives on: nothing is to be learned of that."""
+        """The provider was asked for `prompt` once more, only so that what it holds lives on: that teaches nothing."""
         self._enter(marked(prompt, plan.marks, plan.fields), lengths, profile, known, now_s)
 
     def _arrive(self, lane: Lane, now_s: float) -> None:
