@@ -80,7 +80,10 @@ class Answers(Endpoint):
         request = headers.with_wishes(request, call.head.get(b"x-anaphora-kv"), call.head.get(b"x-anaphora-kv-keep"))
         trail.model = request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
-        if request.native is not None and passing.is_stored(self._dialect.name, body):
+        name = self._dialect.name
+        # A translated question leaves nothing with the provider.
+        stored = request.native is not None and passing.is_stored(name, body)
+        if stored and self.api.gateway.passes_on(request.model, name):
             control = msgspec.structs.replace(control, no_cache=True, no_store=True)
         tag = headers.tag(call.head.get(b"x-anaphora-tag"))
         asked = Asked(lambda: parsed.prompt, answer_id, call.workspace, request.model, f"req_{call.ids.id}", tag)
