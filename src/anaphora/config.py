@@ -379,6 +379,9 @@ def load(
         # A remembered answer would hide what the emulator is asked for: the accounting of the next request.
         values.setdefault("cache", {})["enabled"] = False
         sources["cache.enabled"] = "default of the echo engine"
+    if values.get("engine", {}).get("kind") == "echo" and not any(path.startswith("ledger.") for path in chosen):
+        values.setdefault("ledger", {})["enabled"] = False  # nobody pays for an echo
+        sources["ledger.enabled"] = "default of the echo engine"
     if values.get("gateway", {}).get("upstreams") and "engine.kind" not in chosen and "engine.model" not in chosen:
         values.setdefault("engine", {})["kind"] = "none"
         sources["engine.kind"] = "default with upstreams"

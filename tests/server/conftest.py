@@ -33,6 +33,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Serve:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("ANAPHORA_")}
         if remember:
             environ["ANAPHORA_CACHE_ENABLED"] = "true"
+        if "[ledger]" not in toml:
+            environ["ANAPHORA_LEDGER_ENABLED"] = "true"  # the echo engine alone keeps none
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
         assert process.stderr is not None
         try:
