@@ -50,13 +50,13 @@ class Scripted(Upstream):
     async def start(self) -> None:
         pass
 
-    async def run(self, request: Request, optimiser: OptimiserOptions | None = None) -> AsyncGenerator[Delta, None]:
+    async def bursts(self, request: Request, optimiser: OptimiserOptions | None = None) -> AsyncGenerator[list[Delta], None]:
         self._asked.append((self.name, request.model))
         try:
             for step in self._scripts.pop(0) if self._scripts else ANSWER:
                 if isinstance(step, ServiceError):
                     raise step
-                yield step
+                yield [step]
         finally:
             self.closed += 1
 

@@ -29,7 +29,7 @@ from anaphora.config import GatewayConfig, OptimiserConfig, RouteConfig, Upstrea
 from anaphora.errors import BackendFailed, InvalidRequest, ModelNotFound, NotFound, ServiceError, UpstreamFailed
 from anaphora.events import Emit, UpstreamAsked, ignore
 from anaphora.routing import reports
-from anaphora.routing.base import Price, Question, Strategy
+from anaphora.routing.base import Choice, Price, Question, Strategy
 from anaphora.routing.base import Replica as RoutedReplica
 from anaphora.routing.questions import of_request
 from anaphora.routing.router import Route, Router
@@ -45,8 +45,6 @@ _WATCH_EVERY_S = 1.0
 _PING_EVERY_S = 1.0
 SHORT_TOKENS = 1024
 """What providers call a prompt that is too short for their cache."""
-NO_QUESTION = Question((), (), 1)
-"""Where there is no choice, nobody need know what is asked."""
 
 Sleep = Callable[[float], Awaitable[object]]
 
@@ -299,15 +297,16 @@ class Fleet:
                 async for delta in deltas:
                     yield delta
             return
-        async with aclosing(self._from_upstreams(request)) as deltas:
-            async for delta in deltas:
-                yield delta
+        async with aclosing(self._from_upstreams(request)) as bursts:
+            async for burst in bursts:
+                for delta in burst:
+                    yield delta
 
-    async def _from_upstreams(self, request: Request) -> AsyncGenerator[Delta, None]:
+    async def _from_upstreams(self, request: Request) -> AsyncGenerator[list[Delta], None]:
         pool = self._pool(request.model)
         if not pool:
             raise ModelNotFound(f"No upstream answers for the model '{request.model}'.", param="model")
-        question = of_request(request) if len(pool) > 1 else NO_QUESTION
+        question = of_request(request) if len(pool) > 1 else None
         fallbacks = tuple(self._fallbacks(request.model))
         retries = max(target.replica.config.retries for target in pool)
         pause_s = _FIRST_PAUSE_S
@@ -317,9 +316,9 @@ class Fleet:
             while (turn := turns.next(self._clock.monotonic_s())) is not None:
                 target, route, alone = turn
                 try:
-                    async with aclosing(self._attempt(target, route, request, alone=alone)) as deltas:
-                        async for delta in deltas:
-                            yield delta
+                    async with aclosing(self._attempt(target, route, request, alone=alone)) as bursts:
+                        async for burst in bursts:
+                            yield burst
                     return
                 except _Nothing as nothing:
                     error = nothing.error
@@ -336,7 +335,9 @@ class Fleet:
             await self._sleep(wait_s)
             pause_s *= 2
 
-    async def _attempt(self, target: Target, route: Route, request: Request, *, alone: bool) -> AsyncGenerator[Delta, None]:
+    async def _attempt(
+        self, target: Target, route: Route | _NoChoice, request: Request, *, alone: bool
+    ) -> AsyncGenerator[list[Delta], None]:
         """One upstream's answer. Raises _Nothing where somebody else may be asked instead: nothing was given out yet.
 
         Unless it is `alone`, the beginning of an answer is held back until it says something.
@@ -349,26 +350,25 @@ class Fleet:
         held: list[Delta] = []
         given = False
         try:
-            async with aclosing(upstream.run(asking, self._optimiser(target.replica, request.model))) as deltas:
-                async for delta in deltas:
-                    if isinstance(delta, Begin):
-                        delta = msgspec.structs.replace(delta, upstream=upstream.name)
-                    elif isinstance(delta, End):
-                        # Here, because whoever has the end of an answer reads no further.
-                        breaker.succeeded()
-                        route.ended(self._clock.monotonic_s(), **_counts(delta.usage))
-                        # What another model said is no answer to remember under the name of this one.
-                        delta = msgspec.structs.replace(delta, faithful=delta.faithful and not other)
-                    elif not isinstance(delta, Raw):
-                        route.first_token(self._clock.monotonic_s())
-                    if not given and not alone and isinstance(delta, Raw | Begin):
-                        held.append(delta)
+            async with aclosing(upstream.bursts(asking, self._optimiser(target.replica, request.model))) as bursts:
+                async for burst in bursts:
+                    for place, delta in enumerate(burst):
+                        if isinstance(delta, Begin):
+                            burst[place] = msgspec.structs.replace(delta, upstream=upstream.name)
+                        elif isinstance(delta, End):
+                            # Here, because whoever has the end of an answer reads no further.
+                            breaker.succeeded()
+                            route.ended(self._clock.monotonic_s(), **_counts(delta.usage))
+                            # What another model said is no answer to remember under the name of this one.
+                            burst[place] = msgspec.structs.replace(delta, faithful=delta.faithful and not other)
+                        elif not isinstance(delta, Raw):
+                            route.first_token(self._clock.monotonic_s())
+                    if not given and not alone and all(isinstance(delta, Raw | Begin) for delta in burst):
+                        held += burst
                         continue
-                    for early in held:
-                        yield early
-                    held.clear()
                     given = True
-                    yield delta
+                    yield held + burst if held else burst
+                    held = []
         except ServiceError as error:
             now_s = self._clock.monotonic_s()
             fault = _its_fault(error)
@@ -388,7 +388,7 @@ class Fleet:
             route.failed(self._clock.monotonic_s(), fault=False)
             raise
 
-    def _tell(self, request: Request, target: Target, route: Route, error: str = "") -> None:
+    def _tell(self, request: Request, target: Target, route: Route | _NoChoice, error: str = "") -> None:
         choice = route.choice
         request_id = "" if request.native is None else request.native.request_id
         self._emit(
@@ -486,27 +486,50 @@ def optimiser_options(config: OptimiserConfig, upstream: UpstreamConfig) -> Opti
     return OptimiserOptions(config.mode, config.rewrites, upstream.affinity, upstream.profile)
 
 
-class _Turns:
-    """Whom to ask next: the router's choice of those of the pool who may be asked, then the fallbacks one after the other."""
+class _NoChoice:
+    """The place of a request where the router had nothing to choose, and learns nothing."""
 
-    def __init__(self, router: Router, pool: Sequence[Target], fallbacks: Sequence[Target], question: Question) -> None:
+    def __init__(self, replica: str) -> None:
+        self.replica = replica
+        self.choice = Choice(replica)
+
+    def first_token(self, now_s: float) -> None:
+        pass
+
+    def ended(self, now_s: float, *, output_tokens: int, cached_tokens: int | None = None) -> None:
+        pass
+
+    def failed(self, now_s: float, *, fault: bool = True) -> None:
+        pass
+
+
+class _Turns:
+    """Whom to ask next: the router's choice of those of the pool who may be asked, then the fallbacks one after the other.
+    `question` None: there is no choice."""
+
+    def __init__(self, router: Router, pool: Sequence[Target], fallbacks: Sequence[Target], question: Question | None) -> None:
         self._router = router
         self._question = question
         self._stages = [{target.replica.name: target for target in pool}]
         self._stages += [{target.replica.name: target} for target in fallbacks]
 
-    def next(self, now_s: float) -> tuple[Target, Route, bool] | None:
+    def next(self, now_s: float) -> tuple[Target, Route | _NoChoice, bool] | None:
         """The target, its place with the router, and whether nobody is left behind it."""
         while self._stages:
             stage = self._stages[0]
             names = [name for name, target in stage.items() if target.replica.may_be_asked(now_s)]
-            route = self._router.route(self._question, now_s, among=names) if names else None
+            route = self._choose(names, now_s)
             if route is None:
                 del self._stages[0]
                 continue
             target = stage.pop(route.replica)
             return target, route, not any(self._stages)
         return None
+
+    def _choose(self, names: Sequence[str], now_s: float) -> Route | _NoChoice | None:
+        if not names:
+            return None
+        return _NoChoice(names[0]) if self._question is None else self._router.route(self._question, now_s, among=names)
 
 
 class _Counted(TypedDict):

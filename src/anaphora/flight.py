@@ -192,8 +192,6 @@ class Flights:
 
     def __init__(self) -> None:
         self._by_key: dict[Hashable, Flight] = {}
-        self.num_ended = 0
-        """Flights that can no longer be joined: what they computed is learned, if it ever is."""
         self._aloft: set[Flight] = set()
 
     def __len__(self) -> int:
@@ -216,7 +214,6 @@ class Flights:
         return flight.subscribe(collapsed=False)
 
     def _forget(self, key: Hashable | None, flight: Flight) -> None:
-        self.num_ended += 1
         if key is not None and self._by_key.get(key) is flight:
             del self._by_key[key]
 

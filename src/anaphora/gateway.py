@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +23,7 @@ from anaphora.memory import Memory, Recall
 from anaphora.promises import Stats as PromiseStats
 from anaphora.prompt import Prompt
 from anaphora.tiers.base import TierStats
-from anaphora.types import CacheControl, Completion, ModelInfo, Request, Scope
+from anaphora.types import CacheControl, Completion, Key, ModelInfo, Request, Scope
 
 if TYPE_CHECKING:
     from anaphora.fleet import Fleet  # its HTTP client is of no use to who only computes here
@@ -38,6 +39,9 @@ _REFRESH = ".refresh"
 """Behind the id of a request: the computation that nobody waits for."""
 _BYPASS = frozenset({MissReason.SAMPLED, MissReason.PREWARM, MissReason.UNKNOWN_MODEL})
 """Misses of requests that the answer cache does not serve at all."""
+
+
+_MAX_LATEST = 1024
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -82,6 +86,9 @@ class Gateway:
         self._accounting = accounting
         self._allowance = allowance
         self._stale = stale
+        self._num_landed = 0
+        self._latest: OrderedDict[Key, int] = OrderedDict()
+        """Questions whose answers were learned, and when, in order."""
         self._refreshing: set[asyncio.Task[None]] = set()
         self._hosting = backend if isinstance(backend, Hosting) else None
         self._clock = clock or SystemClock()
@@ -154,10 +161,10 @@ class Gateway:
         if self._allowance is not None:
             self._allowance.admit(request.tenant)
 
-        num_ended = self._flights.num_ended
+        num_landed = self._num_landed
         recalled = await self._recall(request, control)
-        if recalled.hit is None and self._flights.num_ended != num_ended:
-            # A flight ended while a slower tier was being asked: it may have been this question's, so look again.
+        if recalled.hit is None and self._has_landed(recalled.key, num_landed):
+            # The same question was answered, and its flight is over, while a slower tier was being asked: look again.
             recalled = await self._recall(request, control)
         if recalled.hit is not None:
             answer = Recalled(recalled.hit, recalled.key or recalled.hit.key, recalled.misses)
@@ -174,6 +181,7 @@ class Gateway:
         async def landed(completion: Completion) -> None:
             self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s, request_id))
             await self._learn(request, model, control, completion, recalled)
+            self._landed(recalled.key)
 
         # With the mark: who asks after a forget does not get an answer from before it. With what is to be kept: or it is not.
         # Of an upstream's own bytes there is one form only: streamed or whole, in its dialect.
@@ -265,6 +273,23 @@ class Gateway:
     async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
         """Level name → tier name → figures of the answer cache."""
         return await self._memory.stats()
+
+    # -- what landed ---------------------------------------------------------------------------------------------------
+
+    def _landed(self, key: Key | None) -> None:
+        if key is None:
+            return
+        self._num_landed += 1
+        self._latest[key] = self._num_landed
+        self._latest.move_to_end(key)
+        if len(self._latest) > _MAX_LATEST:
+            self._latest.popitem(last=False)
+
+    def _has_landed(self, key: Key | None, since: int) -> bool:
+        """Whether an answer to the question `key` was, or may have been, learned after the `since`-th one."""
+        if key is None or self._num_landed == since:
+            return False
+        return self._num_landed - since >= _MAX_LATEST or self._latest.get(key, 0) > since
 
     # -- answers past their lifetime -----------------------------------------------------------------------------------
 

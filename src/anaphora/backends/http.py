@@ -64,6 +64,11 @@ class Reply:
         finally:
             self.close()
 
+    @property
+    def at_end(self) -> bool:
+        """Everything is here, and its connection is free for the next request."""
+        return self._response.content.is_eof()
+
     async def finish(self) -> None:
         """All that was of interest was read: what is left is on its way, and then the connection can be used again."""
         if not self._response.content.is_eof():

@@ -9,7 +9,7 @@ event by event (`types.Raw`) beside what it means. Any other request is written 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import msgspec
 from anaphora import __version__
 from anaphora.backends.base import Foreign, Forwarded
 from anaphora.backends.http import Http, Reply, Unreachable
-from anaphora.backends.optimising import OptimiserOptions, Optimising
+from anaphora.backends.optimising import OptimiserOptions, Optimising, Sending
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
 from anaphora.types import (
@@ -38,7 +38,7 @@ from anaphora.types import (
 )
 from anaphora.wire.base import encode
 from anaphora.wire.fields import Json
-from anaphora.wire.upstream import Reader, UpstreamDialect
+from anaphora.wire.upstream import UpstreamDialect
 
 ANTHROPIC_VERSION = "2023-06-01"
 """Sent where the client said none."""
@@ -97,6 +97,7 @@ class Upstream:
         self._http = Http(connect_s=options.connect_s, ca_file=options.ca_file, headers=headers)
         self._slots = asyncio.Semaphore(options.max_concurrency) if options.max_concurrency else None
         self.num_running = 0
+        self._finishing: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._num_requests = 0
@@ -127,34 +128,35 @@ class Upstream:
         """Those that the configuration names; a pattern names none."""
         return tuple([ModelInfo(name) for name in self.options.models if not _is_pattern(name)])
 
-    async def run(self, request: Request, optimiser: OptimiserOptions | None = None) -> AsyncGenerator[Delta, None]:
-        """`optimiser`: instead of the upstream's own settings."""
+    async def run(self, request: Request) -> AsyncGenerator[Delta, None]:
+        async with aclosing(self.bursts(request)) as bursts:
+            async for burst in bursts:
+                for delta in burst:
+                    yield delta
+
+    async def bursts(self, request: Request, optimiser: OptimiserOptions | None = None) -> AsyncGenerator[list[Delta], None]:
+        """As `run`, whatever came at once as one. `optimiser`: instead of the upstream's own settings."""
         dialect, body = self._written(request)
         sending = None
         if self._optimising is not None:
             options = self.options.optimiser if optimiser is None else optimiser
             sending = self._optimising.prepare(request, dialect.name, body, self.name, options)
         if sending is None:
-            async with aclosing(self._exchange(request, dialect, body, body, {})) as deltas:
-                async for delta in deltas:
-                    yield delta
+            async with aclosing(self._exchange(request, dialect, body, body, {})) as bursts:
+                async for burst in bursts:
+                    yield burst
             return
         try:
             await sending.wait()
-            async with aclosing(self._exchange(request, dialect, body, sending.body, sending.headers)) as deltas:
-                async for delta in deltas:
-                    if isinstance(delta, Raw) and delta.headers:
-                        told = ("x-anaphora-optimiser", sending.summary)
-                        delta = msgspec.structs.replace(delta, headers=(*delta.headers, told))
-                    elif isinstance(delta, TextDelta | ThinkingDelta | ToolUseDelta | End):
-                        sending.begun()
-                    yield delta
+            async with aclosing(self._exchange(request, dialect, body, sending.body, sending.headers)) as bursts:
+                async for burst in bursts:
+                    yield _told(burst, sending)
         finally:
             sending.over()
 
     async def _exchange(
         self, request: Request, dialect: UpstreamDialect, body: Json, sent_body: Json, headers: dict[str, str]
-    ) -> AsyncGenerator[Delta, None]:
+    ) -> AsyncGenerator[list[Delta], None]:
         """One HTTP request. `body` is what the answer's reader knows of, `sent_body` what is sent."""
         sent = self._request(request, dialect.path, encode(sent_body), headers)
         started_s = self._clock.monotonic_s()
@@ -166,18 +168,19 @@ class Upstream:
         try:
             reply = await self._begun(sent, dialect, body)
             reused = _reused(reply.headers)
+            ended = False
             try:
-                async with aclosing(self._answer(reply, dialect, body, started_s)) as deltas:
-                    async for delta in deltas:
-                        if isinstance(delta, End):
-                            delta = msgspec.structs.replace(delta, compute_s=self._clock.monotonic_s() - started_s)
-                        if reused and isinstance(delta, Begin | End):
-                            usage = msgspec.structs.replace(delta.usage, kv_reused_tokens=reused)
-                            delta = msgspec.structs.replace(delta, usage=usage)
-                        yield delta
-                await reply.finish()
+                async with aclosing(self._answer(reply, dialect, body, started_s)) as bursts:
+                    async for burst in bursts:
+                        if isinstance(burst[-1], End):
+                            ended = True
+                            burst[-1] = msgspec.structs.replace(burst[-1], compute_s=self._clock.monotonic_s() - started_s)
+                        yield [_with_reused(delta, reused) for delta in burst] if reused else burst
             finally:
-                reply.close()
+                if ended:  # whoever has the end of an answer reads no further, but its connection is good for the next one
+                    self._finish(reply)
+                else:
+                    reply.close()
         except Unreachable as error:
             self._num_failed += 1
             raise self._unreachable(error, body) from error
@@ -190,6 +193,14 @@ class Upstream:
                 self._idle.set()
             if self._slots is not None:
                 self._slots.release()
+
+    def _finish(self, reply: Reply) -> None:
+        if reply.at_end:
+            reply.close()
+            return
+        task = asyncio.create_task(reply.finish(), name="anaphora-finish")
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
 
     async def ping(self, request: Request, body: Json) -> Usage:
         """Send `body` for what it does to the provider's cache; what it cost. Raises UpstreamFailed."""
@@ -369,7 +380,8 @@ class Upstream:
 
     async def _answer(
         self, reply: Reply, dialect: UpstreamDialect, body: Json, started_s: float
-    ) -> AsyncGenerator[Delta, None]:
+    ) -> AsyncGenerator[list[Delta], None]:
+        """Lists of deltas as they come. Raises UpstreamFailed where they stop coming, or take longer than they may."""
         headers = _client_headers(reply.headers, self.name)
         if not body.get("stream"):
             try:
@@ -377,43 +389,43 @@ class Upstream:
                     data = await reply.read()
             except TimeoutError as error:
                 raise self._late(_NOT_OVER, self.options.total_s) from error
-            for delta in dialect.read_whole(data):
-                yield _with_headers(delta, headers)
+            yield [_with_headers(delta, headers) for delta in dialect.read_whole(data)]
             return
         reader = dialect.reader(body)
-        async for delta in self._stream(reply, reader, started_s):
-            yield _with_headers(delta, headers)
-            headers = ()
-
-    async def _stream(self, reply: Reply, reader: Reader, started_s: float) -> AsyncIterator[Delta]:
-        """Deltas as they come. Raises UpstreamFailed where they stop coming, or take longer than they may."""
-        options = self.options
+        options, loop = self.options, asyncio.get_running_loop()
         said = False
-        while True:
-            what, allowed_s = (_NO_MORE, options.between_s) if said else (_NO_TOKEN, options.first_s)
-            limit_s = allowed_s if said else allowed_s - (self._clock.monotonic_s() - started_s)
-            left_s = self._left_s(started_s)
-            if left_s < limit_s:
-                what, allowed_s, limit_s = _NOT_OVER, options.total_s, left_s
-            try:
-                async with asyncio.timeout(max(0.0, limit_s)):
+        what, allowed_s = _NO_TOKEN, options.first_s
+        try:
+            # One limit for the whole stream, moved on for each wait, and lifted while others have their turn.
+            async with asyncio.timeout(None) as limit:
+                while True:
+                    what, allowed_s = (_NO_MORE, options.between_s) if said else (_NO_TOKEN, options.first_s)
+                    limit_s = allowed_s if said else allowed_s - (self._clock.monotonic_s() - started_s)
+                    left_s = self._left_s(started_s)
+                    if left_s < limit_s:
+                        what, allowed_s, limit_s = _NOT_OVER, options.total_s, left_s
+                    limit.reschedule(loop.time() + max(0.0, limit_s))
                     chunk = await reply.chunk()
-            except TimeoutError as error:
-                raise self._late(what, allowed_s, elsewhere=not said) from error
-            if not chunk:
-                raise BackendFailed(f"The upstream {self.name} cut its answer off.")
-            failure = None
-            try:
-                reader.feed(chunk)
-            except ServiceError as error:  # what came before it is good
-                failure = error
-            for delta in reader.deltas:
-                said = said or not isinstance(delta, Raw | Begin | Finish)
-                yield delta
-                if isinstance(delta, End):
-                    return
-            if failure is not None:
-                raise failure
+                    limit.reschedule(None)
+                    if not chunk:
+                        raise BackendFailed(f"The upstream {self.name} cut its answer off.")
+                    failure = None
+                    try:
+                        reader.feed(chunk)
+                    except ServiceError as error:  # what came before it is good
+                        failure = error
+                    burst = list(reader.deltas)
+                    if burst:
+                        said = said or any(not isinstance(delta, Raw | Begin | Finish) for delta in burst)
+                        if headers:
+                            burst, headers = [_with_headers(burst[0], headers), *burst[1:]], ()
+                        yield burst
+                        if isinstance(burst[-1], End):
+                            return
+                    if failure is not None:
+                        raise failure
+        except TimeoutError as error:
+            raise self._late(what, allowed_s, elsewhere=not said) from error
 
     def _left_s(self, started_s: float) -> float:
         return self.options.total_s - (self._clock.monotonic_s() - started_s)
@@ -523,6 +535,23 @@ def _client_headers(headers: Mapping[str, str], name: str) -> tuple[tuple[str, s
     if theirs:
         passed.append(("x-anaphora-upstream-request-id", theirs))
     return (*passed, ("x-anaphora-upstream", name))
+
+
+def _with_reused(delta: Delta, reused: int) -> Delta:
+    if not isinstance(delta, Begin | End):
+        return delta
+    return msgspec.structs.replace(delta, usage=msgspec.structs.replace(delta.usage, kv_reused_tokens=reused))
+
+
+def _told(burst: list[Delta], sending: Sending) -> list[Delta]:
+    """With what the optimiser decided, on the first piece; and it is told when an answer begins to say something."""
+    if any(isinstance(delta, TextDelta | ThinkingDelta | ToolUseDelta | End) for delta in burst):
+        sending.begun()
+    first = burst[0]
+    if isinstance(first, Raw) and first.headers:
+        headers = (*first.headers, ("x-anaphora-optimiser", sending.summary))
+        return [msgspec.structs.replace(first, headers=headers), *burst[1:]]
+    return burst
 
 
 def _with_headers(delta: Delta, headers: tuple[tuple[str, str], ...]) -> Delta:
