@@ -1,9 +1,10 @@
 """What the gateway adds in front of a provider: time to the first byte, straight and through it, taking turns. Prints JSON.
 
-A test upstream streams answers at the pace of a model; so many streams run at the same time, straight to it in one phase and
-through a gateway with one worker in the next, again and again. What is added is the difference of the two distributions'
-percentiles. Every request is another question, so that nothing is answered from memory. Client, gateway and upstream share
-the machine's processors: on few of them that costs the gateway more than it would on a machine of its own.
+A test upstream streams answers at the pace of a model; so many streams run at the same time, straight to it in one phase,
+through a gateway with one worker in another, and through a relay that only copies bytes in a third, which shows what one more
+process costs on this machine. What is added is the difference of two distributions' percentiles. Every request is another
+question, so that nothing is answered from memory. Client, gateway and upstream share the machine's processors: on few of them
+that costs the gateway more than it would on a machine of its own.
 
     python benchmarks/gateway.py [--streams 50] [--rounds 3] [--seconds 10] [--dialect anthropic|openai] [--translated]
 """
@@ -23,9 +24,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
+import uvloop
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 40
@@ -43,18 +45,29 @@ def main() -> int:
     parser.add_argument("--optimiser", choices=("off", "advise", "on"), default="off")
     parser.add_argument("--ledger", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--first", type=float, default=0.2, metavar="SECONDS", help="the upstream's time to the first token")
+    parser.add_argument("--relay", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, default=25.0, help="its tokens a second, of each stream")
     args = parser.parse_args()
+    if args.relay:
+        uvloop.run(relay(args.relay))
+        return 0
     other = {"anthropic": "openai", "openai": "anthropic"}[args.dialect]
     upstream_dialect = other if args.translated else args.dialect
-    with upstream(args) as address, gateway(args, address, upstream_dialect) as (url, process):
+    relaying = [sys.executable, __file__, "--relay"]
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(upstream(args))
+        url, process = stack.enter_context(gateway(args, address, upstream_dialect))
+        relayed, _ = stack.enter_context(listening([*relaying, address], dict(os.environ)))
         asyncio.run(phase(url, args, 2.0, "warm"))
-        times: dict[str, list[float]] = {"straight": [], "through": []}
+        sides = {"straight": address, "through": url}
+        if not args.translated:
+            sides["relayed"] = relayed
+        times: dict[str, list[float]] = {side: [] for side in sides}
         cpu_s, num = 0.0, 0
         for number in range(args.rounds):
-            for side in ("straight", "through") if number % 2 == 0 else ("through", "straight"):
+            for side in sides if number % 2 == 0 else reversed(sides):
                 before_s = used_s(process.pid)
-                found = asyncio.run(phase(address if side == "straight" else url, args, args.seconds, f"{side}{number}"))
+                found = asyncio.run(phase(sides[side], args, args.seconds, f"{side}{number}"))
                 times[side] += found
                 if side == "through":
                     cpu_s += used_s(process.pid) - before_s
@@ -74,7 +87,9 @@ def main() -> int:
             side: {f"p{p}": round(1000 * percentile(found, p), 2) for p in (50, 90, 99)} for side, found in times.items()
         },
         "added_ms": {
-            f"p{p}": round(1000 * (percentile(times["through"], p) - percentile(times["straight"], p)), 2) for p in (50, 90, 99)
+            side: {f"p{p}": round(1000 * (percentile(found, p) - percentile(times["straight"], p)), 2) for p in (50, 90, 99)}
+            for side, found in times.items()
+            if side != "straight"
         },
         "gateway_cpu_ms_per_answer": round(1000 * cpu_s / max(1, num), 2),
         "events_per_answer": TOKENS,
@@ -119,6 +134,52 @@ def listening(command: list[str], environ: dict[str, str]) -> Iterator[tuple[str
     finally:
         process.terminate()
         process.communicate()
+
+
+async def relay(address: str) -> None:
+    """Copies bytes both ways until it is terminated."""
+    host, _, port = address.removeprefix("http://").partition(":")
+
+    class Other(asyncio.Protocol):
+        def __init__(self, client: Client) -> None:
+            self._client = client
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._client.connected(cast(asyncio.Transport, transport))
+
+        def data_received(self, data: bytes) -> None:
+            self._client.transport.write(data)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._client.transport.close()
+
+    class Client(asyncio.Protocol):
+        def __init__(self) -> None:
+            self._early: list[bytes] = []
+            self._other: asyncio.Transport | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = cast(asyncio.Transport, transport)
+            self._connecting = asyncio.ensure_future(loop.create_connection(lambda: Other(self), host, int(port)))
+
+        def connected(self, transport: asyncio.Transport) -> None:
+            self._other = transport
+            transport.writelines(self._early)
+
+        def data_received(self, data: bytes) -> None:
+            if self._other is None:
+                self._early.append(data)
+            else:
+                self._other.write(data)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            if self._other is not None:
+                self._other.close()
+
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Client, "127.0.0.1", 0)
+    print(f"relaying on http://127.0.0.1:{server.sockets[0].getsockname()[1]}", file=sys.stderr, flush=True)
+    await server.serve_forever()
 
 
 async def phase(url: str, args: argparse.Namespace, seconds: float, name: str) -> list[float]:

@@ -191,9 +191,9 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of an answer, where the upstream's dialect demands a limit and the client's has none."""
     connect_s: Seconds = 5.0
     first_s: Seconds = 120.0
-    """From the request to the answer's first token."""
+    """From the request to the first token of a stream."""
     between_s: Seconds = 60.0
-    """From one piece of an answer to the next."""
+    """From one piece of a stream to the next."""
     total_s: Seconds = 1800.0
     retries: Natural = 2
     """Of a request that certainly was not answered, before another upstream is asked or the client told."""
@@ -220,6 +220,8 @@ class OptimiserConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`advise`: only headers and explanations say what would be done."""
     rewrites: tuple[Literal["tools", "schemas", "volatile"], ...] = ()
     """Sort tools, sort keys of their schemas, move lines of the system prompt that change with every request to the end."""
+    retain: bool = False
+    """Ask classic models of OpenAI to keep prompts for a day. A decision about data, so never by itself."""
     ping_tokens_per_hour: Natural = 0
     """What may be spent on keeping entries alive that are likely to be asked for again, in tokens at the plain price. Of
     `gateway.optimiser` only."""

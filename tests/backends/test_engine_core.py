@@ -227,6 +227,58 @@ def test_prompts_that_part_within_a_block_share_it_up_to_there(driver: Driver, p
     assert driver.ask(raw(prompt)).tokens == plain.ask(raw(prompt)).tokens  # its own blocks are as they were
 
 
+def loads(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks were copied out of the pool, each time."""
+    pool = driver.core._scheduler._pool
+    counts: list[int] = []
+    load = pool.load
+
+    def counted(block_ids: Any, start: int) -> None:
+        counts.append(len(block_ids))
+        load(block_ids, start)
+
+    monkeypatch.setattr(pool, "load", counted)
+    return counts
+
+
+def test_what_lies_in_the_arena_still_is_not_copied_again(
+    driver: Driver, plain: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = loads(driver, monkeypatch)
+    prompt = some_tokens(6 * BLOCK)
+    driver.ask(raw(prompt))
+    other = [*prompt[: 4 * BLOCK], *some_tokens(40, seed=1)]
+    for asked in (raw(prompt), raw(other), raw([*other, *some_tokens(30, seed=2)]), raw(other)):
+        assert driver.ask(asked).tokens == plain.ask(asked).tokens
+    assert counts == [0, 0, 0, 0, 0]
+    assert driver.ask(raw(prompt)).tokens == plain.ask(raw(prompt)).tokens
+    assert counts[-1] == 1  # the other prompt lies over its last two blocks, of which one is always computed
+
+
+def test_what_was_computed_over_is_copied(driver: Driver, plain: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = loads(driver, monkeypatch)
+    prompt, stranger = some_tokens(6 * BLOCK), some_tokens(9 * BLOCK, seed=1)
+    for asked in (raw(prompt), raw(stranger), raw(prompt), raw(stranger)):
+        assert driver.ask(asked).tokens == plain.ask(asked).tokens
+    assert all(count > 0 for count in counts[2:])
+
+
+def test_requests_at_once_do_not_share_a_place(driver: Driver, plain: Driver) -> None:
+    prompt = some_tokens(6 * BLOCK)
+    driver.ask(raw(prompt))
+    several = [raw([*prompt, *some_tokens(9, seed=number)]) for number in range(4)]
+    assert [asked.tokens for asked in driver.ask_together(several)] == [plain.ask(asked).tokens for asked in several]
+
+
+def test_nothing_of_a_forgotten_tenant_is_taken_from_the_arena(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = some_tokens(6 * BLOCK)
+    driver.ask(raw(prompt))
+    assert len(driver.core._scheduler._remains) == 1
+    driver.core.forget(Scope(tenant=LOCAL_TENANT))
+    assert len(driver.core._scheduler._remains) == 0
+    assert reused(driver.ask(raw(prompt))) == 0
+
+
 def test_prompts_that_part_within_their_first_block_share_nothing(driver: Driver) -> None:
     prompt = some_tokens(5 * BLOCK)
     driver.ask(raw(prompt))

@@ -27,6 +27,15 @@ class ArenaMachine(RuleBasedStateMachine):
         self.taken[start : start + length] = [True] * length
         return (start, length)
 
+    @rule(target=extents, start=st.integers(0, CAPACITY - 1), length=st.integers(1, CAPACITY))
+    def allocate_at(self, start: int, length: int):  # type: ignore[no-untyped-def]  # as above
+        possible = start + length <= CAPACITY and not any(self.taken[start : start + length])
+        assert self.arena.allocate_at(start, length) == possible
+        if not possible:
+            return multiple()
+        self.taken[start : start + length] = [True] * length
+        return (start, length)
+
     @rule(target=extents, extent=consumes(extents), more=st.integers(1, 10))
     def extend(self, extent: tuple[int, int], more: int) -> tuple[int, int]:
         start, length = extent

@@ -31,6 +31,7 @@ from anaphora.kv.arena import Arena
 from anaphora.kv.cache import KVCache
 from anaphora.kv.ends import PromptEnd, PromptEnds, end_key
 from anaphora.kv.pool import KVPool
+from anaphora.kv.remains import Remains
 from anaphora.kv.tails import Tails
 from anaphora.types import (
     Begin,
@@ -91,6 +92,7 @@ class Scheduler:
         self._cache = cache
         self._ends = ends
         self._tails = Tails(cache.num_blocks)
+        self._remains = Remains(pool.block_size)
         self._tiers = tiers
         self._options = options
         self._clock = clock
@@ -123,6 +125,7 @@ class Scheduler:
             job.forgotten = job.forgotten or scope.tenant in (None, job.tenant)
         self._ends.forget(scope)
         self._tails.forget(scope)
+        self._remains.forget(scope)
         return self._cache.forget(scope)
 
     def fail_all(self, error: ServiceError) -> None:
@@ -193,11 +196,17 @@ class Scheduler:
                 held.append((job, sequence))
                 continue
             length = min(len(sequence.tokens) + min(_RESERVE, job.max_tokens - sequence.num_generated), self._arena.capacity)
-            start = self._arena.allocate(length)
-            if start is None:  # before the match: a look that comes to nothing must not count as a use of the blocks
-                held.append((job, sequence))
-                break
-            self._enter(job, sequence, (start, start + length))
+            place = self._remains.find(sequence.hashes)
+            if place is not None and self._arena.allocate_at(place.start, length):
+                start, num_there = place.start, place.num_blocks
+            else:
+                found, num_there = self._arena.allocate(length), 0
+                if found is None:  # before the match: a look that comes to nothing must not count as a use of the blocks
+                    held.append((job, sequence))
+                    break
+                start = found
+            self._remains.taken(start, start + length)
+            self._enter(job, sequence, (start, start + length), num_there)
         self._waiting.extendleft(reversed(held))
 
     def _caches(self, job: Job) -> bool:
@@ -215,10 +224,11 @@ class Scheduler:
         sequence.awaited = self._cache.awaited(sequence.hashes, len(sequence.tokens), tenant=job.tenant)
         return sequence.awaited is not None
 
-    def _enter(self, job: Job, sequence: Generation, extent: tuple[int, int]) -> None:
+    def _enter(self, job: Job, sequence: Generation, extent: tuple[int, int], num_there: int) -> None:
+        """`num_there`: so many of its first blocks lie in the extent already."""
         lease = self._cache.match(sequence.hashes, len(sequence.tokens), tenant=job.tenant)
         matched = lease.num_matched_blocks
-        self._pool.load(lease.block_ids, extent[0])
+        self._pool.load(lease.block_ids[num_there:], extent[0] + num_there * self._pool.block_size)
         sequence.lease, sequence.extent = lease, extent
         sequence.num_committed = matched
         sequence.num_computed = matched * self._pool.block_size
@@ -338,6 +348,7 @@ class Scheduler:
         while not self._arena.extend(end, more):
             moved = self._arena.allocate(end - start + more)
             if moved is not None:
+                self._remains.taken(moved, moved + end - start)
                 self._pool.move(start, moved, sequence.num_computed)
                 self._arena.free(start, end - start)
                 start, end = moved, moved + end - start
@@ -346,6 +357,7 @@ class Scheduler:
             self._preempt(victim_job, victim)
             if victim is sequence:
                 return False
+        self._remains.taken(end, end + more)
         sequence.extent = (start, end + more)
         return True
 
@@ -433,6 +445,8 @@ class Scheduler:
         if sequence.extent is not None:
             start, end = sequence.extent
             self._arena.free(start, end - start)
+            if self._caches(job):
+                self._remains.left(start, sequence.hashes[: sequence.num_computed // self._pool.block_size], job.tenant)
             sequence.extent = None
 
 

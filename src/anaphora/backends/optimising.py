@@ -46,6 +46,8 @@ class OptimiserOptions(msgspec.Struct, frozen=True):
     """Changes of the order of things in a body, which nobody gets without asking for them."""
     provider: str = ""
     """Whose fields and headers keep what belongs together in one place, where it is not the model's own provider."""
+    retain: bool = False
+    """Have classic models of OpenAI keep prompts for a day."""
     like: str = ""
     """The profile whose rules hold for models that none is known for."""
 
@@ -106,7 +108,7 @@ class Optimising:
         history = self._histories.of(request.tenant, route)
         now_s = self._clock.now_s()
         known = history.know(prompt, profile, now_s)
-        found = plan(prompt, lengths, profile, history, now_s, Settings(options.mode, options.provider), known)
+        found = plan(prompt, lengths, profile, history, now_s, Settings(options.mode, options.provider, options.retain), known)
         self._tell(request, upstream, prompt.model, options.mode, found, changes)
         used = found if active else None
         turn = None

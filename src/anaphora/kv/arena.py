@@ -32,6 +32,16 @@ class Arena:
                 return start
         return None
 
+    def allocate_at(self, start: int, length: int) -> bool:
+        """Take the `length` positions from `start` on. False if any of them is taken, or there are not so many."""
+        end = start + length
+        i = bisect.bisect_right(self._free, (start, self.capacity)) - 1
+        if i < 0 or self._free[i][1] < end:
+            return False
+        free_start, free_end = self._free[i]
+        self._free[i : i + 1] = [(a, b) for a, b in ((free_start, start), (end, free_end)) if a < b]
+        return True
+
     def extend(self, end: int, length: int) -> bool:
         """Take the `length` positions from `end` on, so that the extent ending there grows in place. False if any is taken."""
         i = bisect.bisect_left(self._free, (end, 0))

@@ -28,9 +28,10 @@ from anaphora.clock import Clock, SystemClock
 from anaphora.config import GatewayConfig, OptimiserConfig, RouteConfig, UpstreamConfig
 from anaphora.errors import BackendFailed, InvalidRequest, ModelNotFound, NotFound, ServiceError, UpstreamFailed
 from anaphora.events import Emit, UpstreamAsked, ignore
+from anaphora.fleet.replicas import Replica, ReplicaState, Target
+from anaphora.fleet.turns import NoChoice, Turns
 from anaphora.routing import reports
-from anaphora.routing.base import Choice, Price, Question, Strategy
-from anaphora.routing.base import Replica as RoutedReplica
+from anaphora.routing.base import Strategy
 from anaphora.routing.questions import of_request
 from anaphora.routing.router import Route, Router
 from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope, Usage
@@ -47,51 +48,6 @@ SHORT_TOKENS = 1024
 """What providers call a prompt that is too short for their cache."""
 
 Sleep = Callable[[float], Awaitable[object]]
-
-
-class Replica:
-    """An upstream as one of the fleet."""
-
-    __slots__ = ("breaker", "config", "draining", "started_s", "upstream")
-
-    def __init__(self, upstream: Upstream, config: UpstreamConfig, breaker: Breaker, started_s: float) -> None:
-        self.upstream = upstream
-        self.config = config
-        self.breaker = breaker
-        self.draining = False
-        """It finishes what it has and is asked nothing new."""
-        self.started_s = started_s
-        """When it joined."""
-
-    @property
-    def name(self) -> str:
-        return self.upstream.name
-
-    def may_be_asked(self, now_s: float) -> bool:
-        return not self.draining and self.breaker.passes(now_s)
-
-
-class ReplicaState(msgspec.Struct, frozen=True):
-    """How a replica is doing."""
-
-    name: str
-    base_url: str
-    models: tuple[str, ...]
-    running: int
-    draining: bool
-    resting_s: float
-    """Seconds for which it is left alone because it failed too often."""
-
-
-class Target(msgspec.Struct, frozen=True):
-    """Somebody who may be asked: a replica, and the model to ask it for."""
-
-    replica: Replica
-    model: str
-
-    @property
-    def upstream(self) -> Upstream:
-        return self.replica.upstream
 
 
 class Fleet:
@@ -121,7 +77,7 @@ class Fleet:
         self._emit = emit
         self._replicas = {one.name: self._joined(one) for one in config.upstreams}
         for replica in self._replicas.values():
-            self._router.add(_as_routed(replica))
+            self._router.add(replica.routed())
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._pings: asyncio.Task[None] | None = None
         self._local_models: tuple[ModelInfo, ...] = ()
@@ -145,7 +101,7 @@ class Fleet:
         if self._replicas.setdefault(one.name, replica) is not replica:
             await replica.upstream.aclose()
             raise InvalidRequest(f"There is a replica {one.name} already.", param="name")
-        self._router.add(_as_routed(replica))
+        self._router.add(replica.routed())
         self._watch(replica)
 
     def drain(self, name: str, *, draining: bool = True) -> None:
@@ -193,19 +149,7 @@ class Fleet:
 
     def replicas(self) -> tuple[ReplicaState, ...]:
         now_s = self._clock.monotonic_s()
-        return tuple(
-            [
-                ReplicaState(
-                    replica.name,
-                    replica.upstream.options.base_url,
-                    replica.upstream.options.models,
-                    replica.upstream.num_running,
-                    replica.draining,
-                    replica.breaker.opens_in_s(now_s),
-                )
-                for replica in self._replicas.values()
-            ]
-        )
+        return tuple([replica.state(now_s) for replica in self._replicas.values()])
 
     def _replica(self, name: str) -> Replica:
         found = self._replicas.get(name)
@@ -312,7 +256,7 @@ class Fleet:
         pause_s = _FIRST_PAUSE_S
         for attempt in range(retries + 1):
             failure: ServiceError | None = None
-            turns = _Turns(self._router, pool, fallbacks, question)
+            turns = Turns(self._router, pool, fallbacks, question)
             while (turn := turns.next(self._clock.monotonic_s())) is not None:
                 target, route, alone = turn
                 try:
@@ -336,7 +280,7 @@ class Fleet:
             pause_s *= 2
 
     async def _attempt(
-        self, target: Target, route: Route | _NoChoice, request: Request, *, alone: bool
+        self, target: Target, route: Route | NoChoice, request: Request, *, alone: bool
     ) -> AsyncGenerator[list[Delta], None]:
         """One upstream's answer. Raises _Nothing where somebody else may be asked instead: nothing was given out yet.
 
@@ -388,7 +332,7 @@ class Fleet:
             route.failed(self._clock.monotonic_s(), fault=False)
             raise
 
-    def _tell(self, request: Request, target: Target, route: Route | _NoChoice, error: str = "") -> None:
+    def _tell(self, request: Request, target: Target, route: Route | NoChoice, error: str = "") -> None:
         choice = route.choice
         request_id = "" if request.native is None else request.native.request_id
         self._emit(
@@ -470,66 +414,8 @@ class Fleet:
             await self._local.aclose()
 
 
-def _as_routed(replica: Replica) -> RoutedReplica:
-    one = replica.config
-    price = Price(one.price.input / 1e6, one.price.cached / 1e6, one.price.output / 1e6)
-    return RoutedReplica(
-        one.name,
-        pool=one.pool or one.name,
-        price=price,
-        capacity_tokens=one.kv_tokens or None,
-        started_s=replica.started_s,
-    )
-
-
 def optimiser_options(config: OptimiserConfig, upstream: UpstreamConfig) -> OptimiserOptions:
-    return OptimiserOptions(config.mode, config.rewrites, upstream.affinity, upstream.profile)
-
-
-class _NoChoice:
-    """The place of a request where the router had nothing to choose, and learns nothing."""
-
-    def __init__(self, replica: str) -> None:
-        self.replica = replica
-        self.choice = Choice(replica)
-
-    def first_token(self, now_s: float) -> None:
-        pass
-
-    def ended(self, now_s: float, *, output_tokens: int, cached_tokens: int | None = None) -> None:
-        pass
-
-    def failed(self, now_s: float, *, fault: bool = True) -> None:
-        pass
-
-
-class _Turns:
-    """Whom to ask next: the router's choice of those of the pool who may be asked, then the fallbacks one after the other.
-    `question` None: there is no choice."""
-
-    def __init__(self, router: Router, pool: Sequence[Target], fallbacks: Sequence[Target], question: Question | None) -> None:
-        self._router = router
-        self._question = question
-        self._stages = [{target.replica.name: target for target in pool}]
-        self._stages += [{target.replica.name: target} for target in fallbacks]
-
-    def next(self, now_s: float) -> tuple[Target, Route | _NoChoice, bool] | None:
-        """The target, its place with the router, and whether nobody is left behind it."""
-        while self._stages:
-            stage = self._stages[0]
-            names = [name for name, target in stage.items() if target.replica.may_be_asked(now_s)]
-            route = self._choose(names, now_s)
-            if route is None:
-                del self._stages[0]
-                continue
-            target = stage.pop(route.replica)
-            return target, route, not any(self._stages)
-        return None
-
-    def _choose(self, names: Sequence[str], now_s: float) -> Route | _NoChoice | None:
-        if not names:
-            return None
-        return _NoChoice(names[0]) if self._question is None else self._router.route(self._question, now_s, among=names)
+    return OptimiserOptions(config.mode, config.rewrites, upstream.affinity, config.retain, upstream.profile)
 
 
 class _Counted(TypedDict):
