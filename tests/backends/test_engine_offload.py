@@ -94,7 +94,7 @@ def test_a_prefix_paid_for_once_is_there_after_a_restart(lives: Lives, plain: Dr
     assert reused(second) == 31 * BLOCK
     assert second.tokens == plain.ask(raw([*LONG, *some_tokens(20, seed=1)])).tokens
     assert again.core.stats()["kv_disk_blocks_loaded"] == 31
-    assert reused(again.ask(raw([*LONG, 7]))) == 31 * BLOCK
+    assert reused(again.ask(raw([*LONG, 7]))) == len(LONG)
     assert again.core.stats()["kv_disk_blocks_loaded"] == 31, "they are in the pool now"
 
 
