@@ -66,7 +66,18 @@ def test_a_heavy_package_is_imported_in_its_own_corner_only(graph: grimp.ImportG
 def test_a_bare_import_is_light() -> None:
     """Measured in a fresh interpreter; the limit on time is generous, the list of modules is what keeps it true."""
     loaded = _modules_after("import anaphora")
-    heavy = {"torch", "transformers", "starlette", "uvicorn", "httpx2", "aiohttp", "rich", "prometheus_client", "redis", "msgspec"}
+    heavy = {
+        "torch",
+        "transformers",
+        "starlette",
+        "uvicorn",
+        "httpx2",
+        "aiohttp",
+        "rich",
+        "prometheus_client",
+        "redis",
+        "msgspec",
+    }
     assert loaded & heavy == set()
 
 

@@ -27,6 +27,11 @@ TTL_S, KEPT_S = 60.0, 600.0
 QUESTION = Request("echo", messages=(Message("user", (TextPart("say this"),)),), sampling=Sampling(temperature=0.0))
 
 
+async def to_its_end(answer: Live) -> None:
+    while await answer.burst():
+        pass
+
+
 class Bench:
     def __init__(self, stale: Stale) -> None:
         self.clock = ManualClock()
@@ -132,8 +137,7 @@ def test_else_the_error_is_the_clients(past_s: float, fail_after: int, error: Ex
         answer = await bench.gateway.complete(QUESTION, control)
         assert isinstance(answer, Live)
         with pytest.raises(type(error)):
-            while await answer.burst():
-                pass
+            await to_its_end(answer)
         answer.leave()
 
     run(test, Stale(if_error_s=60))

@@ -179,7 +179,14 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The client's name of a model → this upstream's."""
     headers: dict[str, str] = {}
     """Sent with every request."""
-    other_paths: tuple[Name, ...] = ("/v1/embeddings", "/v1/moderations", "/v1/rerank", "/v1/audio/*", "/v1/images/*")
+    other_paths: tuple[Name, ...] = (
+        "/v1/models",
+        "/v1/embeddings",
+        "/v1/moderations",
+        "/v1/rerank",
+        "/v1/audio/*",
+        "/v1/images/*",
+    )
     """Patterns of what else clients may ask of it with a key of ours. With keys of their own they may ask anything."""
     ca_file: str = ""
     """Of the authority that signed its certificate. Empty: those the system trusts."""

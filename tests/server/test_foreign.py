@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx2
 import pytest
-
 from tests.server.conftest import Serve
 
 
@@ -59,16 +58,19 @@ def provider() -> Iterator[str]:
 
 
 def config(provider: str, *, key: str = "") -> str:
-    return "".join(
-        f'[[gateway.upstreams]]\nname = "{dialect}"\ndialect = "{dialect}"\nbase_url = "{provider}"\nmodels = ["{models}"]\n{key}\n'
-        for dialect, models in (("anthropic", "claude-*"), ("openai", "gpt-*"))
-    )
+    toml = ""
+    for dialect, models in (("anthropic", "claude-*"), ("openai", "gpt-*")):
+        toml += f'[[gateway.upstreams]]\nname = "{dialect}"\ndialect = "{dialect}"\n'
+        toml += f'base_url = "{provider}"\nmodels = ["{models}"]\n{key}\n'
+    return toml
 
 
 def test_with_keys_of_their_own_clients_may_ask_anything(serve: Serve, provider: str) -> None:
     with serve(config(provider)) as (url, _), httpx2.Client(base_url=url) as client:
         bearer = {"authorization": "Bearer mine"}
-        answer = client.post("/v1/files?purpose=batch&x=%20", content=b"\x00\xffdata", headers={**bearer, "content-type": "a/b"})
+        answer = client.post(
+            "/v1/files?purpose=batch&x=%20", content=b"\x00\xffdata", headers={**bearer, "content-type": "a/b"}
+        )
         assert answer.status_code == 201
         assert answer.headers["x-quota"] == "7"
         assert answer.headers["content-type"] == "application/x-special"
@@ -96,6 +98,17 @@ def test_with_a_key_of_the_server_only_what_keeps_nothing_may_be_asked(
         assert refused.status_code == 404
         assert refused.json()["error"]["code"] == "unknown_url"
         assert client.get("/v1/files", headers={"anthropic-version": "2023-06-01"}).json()["type"] == "error"
+
+
+def test_which_models_there_are_the_upstream_says_where_only_patterns_are_known(
+    serve: Serve, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROVIDER_KEY", "secret")
+    toml = config(provider, key='key_env = "PROVIDER_KEY"') + '[engine]\nkind = "none"\n'
+    with serve(toml, "--engine", "none") as (url, _), httpx2.Client(base_url=url) as client:
+        assert client.get("/v1/models").json()["path"] == "/v1/models"
+        assert client.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()["key"] == "secret"
+        assert client.get("/v1/models/gpt-x").json()["id"] == "gpt-x"
 
 
 def test_without_upstreams_there_is_nothing(serve: Serve) -> None:

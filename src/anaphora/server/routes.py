@@ -18,6 +18,7 @@ from anaphora.errors import BackendFailed, InvalidRequest, NotFound, PermissionD
 from anaphora.explain import Trail
 from anaphora.server import headers, passing
 from anaphora.server.endpoint import ANTHROPIC, JSON, OPENAI, Api, Call, Endpoint, id_header
+from anaphora.server.foreign import Elsewhere
 from anaphora.server.headers import RawHeaders
 from anaphora.server.metrics import CONTENT_TYPE
 from anaphora.types import Begin, Delta, End, Raw, Request, Scope, Tenant
@@ -270,6 +271,9 @@ class Models(Endpoint):
             body = ANTHROPIC.render_model(model) if anthropic else render_model(model)
         else:
             models = await self.api.gateway.models()
+            if not models and self.api.gateway.hosting:  # patterns name none: the upstream itself knows which it has
+                await Elsewhere(self.api).answer(call)
+                return
             page = read_query(call, _Page)
             body = (
                 ANTHROPIC.render_models(models, limit=page.limit, after_id=page.after_id, before_id=page.before_id)
