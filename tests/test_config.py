@@ -425,3 +425,10 @@ def test_a_key_comes_from_the_environment_or_a_file_and_is_never_shown() -> None
     Path("key").write_text(" \n")
     with pytest.raises(ConfigError, match="key is empty"):
         upstream_key(one, environ)
+
+
+def test_headers_of_upstreams_are_hidden() -> None:
+    file = written('[[gateway.upstreams]]\nname = "a"\nbase_url = "http://a"\nheaders = { x-key = "secret" }\n')
+    loaded = load(file, environ={})
+    assert "secret" not in str(shown(loaded))
+    assert loaded.config.gateway.upstreams[0].headers == {"x-key": "secret"}

@@ -30,6 +30,7 @@ from anaphora.types import Key
 if TYPE_CHECKING:
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_ipc import Status
+    from anaphora.backends.optimising import Optimising
     from anaphora.fleet import Fleet
     from anaphora.ledger.allowance import Allowance
     from anaphora.tiers.valkey import ValkeyTier
@@ -59,14 +60,15 @@ def build(
     clock = clock or SystemClock()
     local = None if config.engine.kind == "none" else _backend(config, say, on_status, engine)
     accounting = None if local is None else _accounting(config.engine, local, clock, emit)
-    fleet = _fleet(config, local, clock, emit) if config.gateway.upstreams else None
+    optimising = _optimising(config, clock, emit) if config.gateway.upstreams else None
+    fleet = None if optimising is None else _fleet(config, local, optimising, clock, emit)
     backend: Backend = fleet or local or _nobody()
     further = fleet.model if fleet is not None else local.model if isinstance(local, EchoBackend) else None
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
     stale = Stale(config.cache.stale_if_error_s, config.cache.stale_while_revalidate_s)
-    return Gateway(
+    gateway = Gateway(
         backend,
         memory,
         catalogue,
@@ -77,6 +79,9 @@ def build(
         clock=clock,
         emit=emit,
     )
+    if optimising is not None:
+        gateway.on_forget(optimising.forget)  # in every gateway process, for it holds bodies of requests
+    return gateway
 
 
 @asynccontextmanager
@@ -124,15 +129,18 @@ def _nobody() -> Backend:
     raise ConfigError("engine.kind: without an engine there must be upstreams; add [[gateway.upstreams]]")
 
 
-def _fleet(config: Config, local: Backend | None, clock: Clock, emit: Emit) -> Fleet:
+def _optimising(config: Config, clock: Clock, emit: Emit) -> Optimising:
     from anaphora.backends.optimising import Optimising
     from anaphora.backends.pinging import Pinging
+
+    pinging = Pinging(config.gateway.optimiser.ping_tokens_per_hour, clock=clock, emit=emit)
+    return Optimising(clock=clock, emit=emit, pinging=pinging)
+
+
+def _fleet(config: Config, local: Backend | None, optimising: Optimising, clock: Clock, emit: Emit) -> Fleet:
     from anaphora.backends.upstream import Upstream, UpstreamOptions
     from anaphora.fleet import Fleet, optimiser_options
     from anaphora.routing.expected import ExpectedOptions
-
-    pinging = Pinging(config.gateway.optimiser.ping_tokens_per_hour, clock=clock, emit=emit)
-    optimising = Optimising(clock=clock, emit=emit, pinging=pinging)
 
     shared = set(UpstreamOptions.__struct_fields__) & set(UpstreamConfig.__struct_fields__)
 
@@ -143,9 +151,10 @@ def _fleet(config: Config, local: Backend | None, clock: Clock, emit: Emit) -> F
         return Upstream(options, _dialects(one), optimising=optimising, clock=clock)
 
     gateway = config.gateway
+    pinging = optimising.pinging if gateway.optimiser.ping_tokens_per_hour else None
     kind = ROUTING.load(gateway.strategy)
     strategy = kind(ExpectedOptions(cost_weight=gateway.cost_weight)) if gateway.strategy == "expected" else kind()
-    return Fleet(gateway, make, strategy, local=local, optimising=optimising, clock=clock, emit=emit)
+    return Fleet(gateway, make, strategy, local=local, pinging=pinging, clock=clock, emit=emit)
 
 
 def _dialects(upstream: UpstreamConfig) -> dict[str, UpstreamDialect]:

@@ -430,6 +430,8 @@ def shown(loaded: Loaded) -> dict[str, dict[str, Any]]:
         value = msgspec.to_builtins(getattr(getattr(loaded.config, section), name))
         if setting.path == "server.keys":
             value = [{**entry, "key": "(hidden)"} if entry["key"] else entry for entry in value]
+        if setting.path == "gateway.upstreams":  # a header may hold a key
+            value = [{**entry, "headers": dict.fromkeys(entry["headers"], "(hidden)")} for entry in value]
         if setting.path == "cache.shared":
             value = re.sub(r"(?<=://)([^:@/]*:).*(?=@)|(password=)[^&]*", r"\1\2(hidden)", value)
         rows[setting.path] = {"value": value, "source": loaded.sources[setting.path]}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from anaphora.backends.optimising import Mode, OptimiserOptions, Optimising
 from anaphora.backends.pinging import TAG, Pinging
+from anaphora.build import build
 from anaphora.clock import ManualClock
+from anaphora.config import CacheConfig, Config, EngineConfig, GatewayConfig, OptimiserConfig, UpstreamConfig
 from anaphora.errors import UpstreamFailed
 from anaphora.events import Answered, Event, Optimised
+from anaphora.forgets import Forgets
 from anaphora.types import Native, Request, Scope, Tenant, Usage
 
 A = Tenant("a")
@@ -225,3 +229,29 @@ def test_a_ping_that_fails_is_not_tried_again() -> None:
         assert [event for event in bench.events if isinstance(event, Answered)] == []
 
     asyncio.run(run())
+
+
+def test_what_one_worker_is_told_to_forget_another_ones_optimiser_forgets(tmp_path: Path) -> None:
+    upstream = UpstreamConfig(name="provider", base_url="http://127.0.0.1:1", dialect="anthropic")
+    optimiser = OptimiserConfig(mode="on", ping_tokens_per_hour=1_000_000)
+    config = Config(
+        engine=EngineConfig(kind="none"),
+        cache=CacheConfig(enabled=False),
+        gateway=GatewayConfig(upstreams=(upstream,), optimiser=optimiser),
+    )
+    gateway = build(config, forgets=Forgets(tmp_path / "forgets"))
+    asked = gateway.fleet()._replicas["provider"].upstream
+    optimising = asked._optimising
+    assert optimising is not None
+
+    async def run() -> None:
+        sending = optimising.prepare(request(), "anthropic", body("What?"), "provider", asked.options.optimiser)
+        assert sending is not None
+        await sending.wait()
+
+    asyncio.run(run())
+    pinging = optimising.pinging
+    assert len(pinging) == 1
+    Forgets(tmp_path / "forgets").tell(Scope(tenant=A))
+    gateway.heed()
+    assert len(pinging) == 0

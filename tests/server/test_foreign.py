@@ -115,3 +115,18 @@ def test_without_upstreams_there_is_nothing(serve: Serve) -> None:
     with serve("") as (url, _), httpx2.Client(base_url=url) as client:
         assert client.get("/v1/files").status_code == 404
         assert client.get("/v1/chat/completions").status_code == 405
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"messages": []}', b'{"model": "echo"}'])
+def test_a_body_that_nobody_can_read_is_refused_in_the_same_words_with_upstreams_and_without(
+    serve: Serve, provider: str, body: bytes
+) -> None:
+    said = []
+    for toml in ("", config(provider)):
+        with serve(toml) as (url, _), httpx2.Client(base_url=url) as client:
+            answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == 400
+            said.append(answer.json())
+    assert said[0] == said[1]
+    if body == b'{"messages": []}':
+        assert said[0]["error"]["code"] == "missing_required_parameter"

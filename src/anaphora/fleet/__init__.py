@@ -21,7 +21,7 @@ import msgspec
 
 from anaphora.backends.base import Backend, Foreign, Forwarded
 from anaphora.backends.breaker import Breaker
-from anaphora.backends.optimising import OptimiserOptions, Optimising
+from anaphora.backends.optimising import OptimiserOptions
 from anaphora.backends.pinging import Pinging
 from anaphora.backends.upstream import Upstream
 from anaphora.clock import Clock, SystemClock
@@ -44,6 +44,7 @@ PATIENCE_S = 30.0
 _FIRST_PAUSE_S = 0.5
 _WATCH_EVERY_S = 1.0
 _PING_EVERY_S = 1.0
+_MAX_POOLS = 1024
 SHORT_TOKENS = 1024
 """What providers call a prompt that is too short for their cache."""
 
@@ -60,7 +61,7 @@ class Fleet:
         strategy: Strategy,
         *,
         local: Backend | None = None,
-        optimising: Optimising | None = None,
+        pinging: Pinging | None = None,
         clock: Clock | None = None,
         sleep: Sleep = asyncio.sleep,
         rng: random.Random | None = None,
@@ -68,7 +69,7 @@ class Fleet:
     ) -> None:
         self._config = config
         self._make = make
-        self._optimising = optimising
+        self._pinging = pinging
         self._local = local
         self._clock = clock or SystemClock()
         self._sleep = sleep
@@ -78,6 +79,8 @@ class Fleet:
         self._replicas = {one.name: self._joined(one) for one in config.upstreams}
         for replica in self._replicas.values():
             self._router.add(replica.routed())
+        self._pools: dict[str, tuple[Target, ...]] = {}
+        """By model, until a replica joins or leaves."""
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._pings: asyncio.Task[None] | None = None
         self._local_models: tuple[ModelInfo, ...] = ()
@@ -101,6 +104,7 @@ class Fleet:
         if self._replicas.setdefault(one.name, replica) is not replica:
             await replica.upstream.aclose()
             raise InvalidRequest(f"There is a replica {one.name} already.", param="name")
+        self._pools.clear()
         self._router.add(replica.routed())
         self._watch(replica)
 
@@ -114,6 +118,7 @@ class Fleet:
         replica = self._replica(name)
         replica.draining = True
         del self._replicas[name]
+        self._pools.clear()
         self._router.remove(name)
         if (watching := self._watching.pop(name, None)) is not None:
             watching.cancel()
@@ -163,8 +168,8 @@ class Fleet:
         for replica in self._replicas.values():
             await replica.upstream.start()
             self._watch(replica)
-        if self._optimising is not None:
-            self._pings = asyncio.create_task(self._keep_alive(self._optimising.pinging), name="anaphora-keep-alive")
+        if self._pinging is not None:
+            self._pings = asyncio.create_task(self._keep_alive(self._pinging), name="anaphora-keep-alive")
         if self._local is not None:
             await self._local.start()
 
@@ -211,7 +216,15 @@ class Fleet:
         return any(model == own.id for own in self._local_models)
 
     def _pool(self, model: str) -> tuple[Target, ...]:
-        """Those of whom one is chosen. Empty: nobody answers for `model`."""
+        """Those of whom one is chosen. Empty: nobody answers for `model`. Asked several times for each request."""
+        pool = self._pools.get(model)
+        if pool is None:
+            if len(self._pools) >= _MAX_POOLS:  # clients choose the names
+                self._pools.clear()
+            pool = self._pools[model] = self._find_pool(model)
+        return pool
+
+    def _find_pool(self, model: str) -> tuple[Target, ...]:
         route = self._route(model)
         if route is not None:
             named = (
@@ -392,8 +405,6 @@ class Fleet:
         raise NotFound(f"There is nothing at {asked.method} {asked.path}.", code="unknown_url")
 
     async def forget(self, scope: Scope) -> int:
-        if self._optimising is not None:
-            self._optimising.forget(scope)
         return 0 if self._local is None else await self._local.forget(scope)
 
     async def stats(self) -> dict[str, Any]:

@@ -161,6 +161,11 @@ class Call(msgspec.Struct, frozen=True):
             raw.append(id_header(dialect, self.ids))
         await self.sender.whole(200, raw, body)
 
+    async def gone(self) -> None:
+        """Returns when the client has closed the connection. Behind `body`."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
     async def body(self) -> bytes:
         """Raises TooLarge as soon as it is known that the body is longer than `max_body` bytes."""
         limit = self.max_body

@@ -33,7 +33,7 @@ class Elsewhere(Endpoint):
             self.api.books.allowance.admit(call.tenant)
         forwarded = await self.api.gateway.forward(asked)
         copying = asyncio.create_task(_copy(call, forwarded), name="anaphora-forward")
-        gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
+        gone = asyncio.create_task(call.gone(), name="anaphora-client-gone")
         try:
             await asyncio.wait((copying, gone), return_when=asyncio.FIRST_COMPLETED)
             if copying.done():
@@ -51,11 +51,6 @@ async def _copy(call: Call, forwarded: Forwarded) -> None:
     async for chunk in forwarded.chunks:
         await call.sender.more(chunk)
     await call.sender.last(b"")
-
-
-async def _gone(call: Call) -> None:
-    while (await call.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _model(body: bytes) -> str:

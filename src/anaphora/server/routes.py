@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -98,23 +98,8 @@ class Answers(Endpoint):
             await self._live(call, rendering, answer, trail)
 
     def _read(self, call: Call, body: bytes) -> tuple[Parsed, Request]:
-        """The body, and the question that it is; for one that an upstream may answer, with the body itself."""
         parse = self._parse_again if len(body) <= _SHORT_BODY else self._parse
-        gateway, name = self.api.gateway, self._dialect.name
-        unread = ""
-        try:
-            parsed = parse(body, call.tenant, call.version)
-        except InvalidRequest as error:
-            parsed, unread = self._dialect.unread(body, tenant=call.tenant), error.message
-            if not gateway.passes_on(parsed.request.model, name):
-                raise
-        request = parsed.request
-        if gateway.hosts(request.model):
-            own_keys, request_id = bool(self.api.keyring), f"req_{call.ids.id}"
-            request = passing.with_native(
-                request, name, body, call.head, own_keys=own_keys, unread=unread, request_id=request_id
-            )
-        return parsed, request
+        return _read(self.api, self._dialect, call, body, lambda: parse(body, call.tenant, call.version))
 
     async def _recalled(self, call: Call, parsed: Parsed, answer: Recalled) -> None:
         raw = [id_header(self._dialect, call.ids), *headers.of_answer(answer, 0), *self._limits(call)]
@@ -130,7 +115,7 @@ class Answers(Endpoint):
         await asyncio.sleep(0)  # what takes no waiting is done after this, and nobody needs to watch the client meanwhile
         gone: asyncio.Future[None] | None = None
         if not answer.over:
-            gone = asyncio.create_task(_gone(call), name="anaphora-client-gone")
+            gone = asyncio.create_task(call.gone(), name="anaphora-client-gone")
             gone.add_done_callback(lambda _: answer.leave())
         try:
             if rendering.stream:
@@ -227,10 +212,35 @@ def _passed_on(deltas: Iterable[Delta]) -> RawHeaders:
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in passed]
 
 
-async def _gone(call: Call) -> None:
-    """Returns when the client has closed the connection."""
-    while (await call.receive())["type"] != "http.disconnect":
-        pass
+def _read(api: Api, dialect: Dialect, call: Call, body: bytes, parse: Callable[[], Parsed]) -> tuple[Parsed, Request]:
+    """The body, and the question that it is; for one that an upstream may answer, with the body itself."""
+    gateway = api.gateway
+    unread = ""
+    try:
+        parsed = parse()
+    except InvalidRequest as error:
+        found = _unread(api, dialect, call, body)
+        if found is None:
+            raise
+        parsed, unread = found, error.message
+    request = parsed.request
+    if gateway.hosts(request.model):
+        own_keys, request_id = bool(api.keyring), f"req_{call.ids.id}"
+        request = passing.with_native(
+            request, dialect.name, body, call.head, own_keys=own_keys, unread=unread, request_id=request_id
+        )
+    return parsed, request
+
+
+def _unread(api: Api, dialect: Dialect, call: Call, body: bytes) -> Parsed | None:
+    """A body that was refused, where an upstream may know better; None: nobody does, or nobody can be found by it."""
+    if not api.gateway.hosting:
+        return None
+    try:
+        parsed = dialect.unread(body, tenant=call.tenant)
+    except InvalidRequest:
+        return None
+    return parsed if api.gateway.passes_on(parsed.request.model, dialect.name) else None
 
 
 class CountTokens(Endpoint):
@@ -242,21 +252,10 @@ class CountTokens(Endpoint):
 
     async def answer(self, call: Call) -> None:
         body = await call.body()
-        gateway, name = self.api.gateway, self._dialect.name
-        unread = ""
-        try:
-            parsed = self._dialect.parse_count(body, tenant=call.tenant, version=call.version)
-        except InvalidRequest as error:
-            parsed, unread = self._dialect.unread(body, tenant=call.tenant), error.message
-            if not gateway.passes_on(parsed.request.model, name):
-                raise
-        request = parsed.request
-        if gateway.hosts(request.model):
-            own_keys, request_id = bool(self.api.keyring), f"req_{call.ids.id}"
-            request = passing.with_native(
-                request, name, body, call.head, own_keys=own_keys, unread=unread, request_id=request_id
-            )
-        num_tokens = await gateway.count_tokens(request, parsed.prompt)
+        dialect, version = self._dialect, call.version
+        parse = partial(dialect.parse_count, body, tenant=call.tenant, version=version)
+        parsed, request = _read(self.api, dialect, call, body, parse)
+        num_tokens = await self.api.gateway.count_tokens(request, parsed.prompt)
         await call.json(self._dialect.render_count(num_tokens), self._dialect)
 
 
