@@ -10,7 +10,7 @@ import msgspec
 from anaphora.accounting import NOBODY, Asked, Bill
 from anaphora.clock import Clock
 from anaphora.errors import ServiceError
-from anaphora.events import Answered, Emit, Hit, Miss
+from anaphora.events import Answered, Emit, Hit, Miss, MissReason
 from anaphora.flight import Subscription
 from anaphora.memory import Recall
 from anaphora.transcript import replay
@@ -116,7 +116,7 @@ class Live:
         """Start of the question's key in hex; empty where it has none."""
         self.misses = recalled.misses
         """Of all levels of the answer cache."""
-        self.reason = recalled.misses[-1].reason if recalled.misses else None
+        self.reason = _reason(recalled.misses)
         """Why it was not recalled. None: no level was asked."""
         self.raw: list[Raw] = []
         """Of an answer asked for whole, and given whole by an upstream: its own bytes. Filled by `whole`."""
@@ -184,6 +184,13 @@ class Live:
         self._meter.finish("left")
 
 
+def _reason(misses: tuple[Miss, ...]) -> MissReason | None:
+    """The most telling one: why what is kept of this very question was of no use, else what the last level says."""
+    if not misses:
+        return None
+    return misses[-1].reason if misses[0].reason is MissReason.ABSENT else misses[0].reason
+
+
 Answer = Recalled | Live
 
 
@@ -201,8 +208,10 @@ class Meter:
         asked: Asked = NOBODY,
         bill: Bill | None = None,
         refresh: bool = False,
+        audit: bool = False,
     ) -> None:
         self._refresh = refresh
+        self._audit = audit
         self._asked = asked
         self._bill = bill
         self._begin: Begin | None = None
@@ -267,6 +276,7 @@ class Meter:
                 asked.workspace,
                 asked.tag,
                 self._refresh,
+                self._audit and self._source == "miss",
             )
         )
 

@@ -40,6 +40,18 @@ class MissReason(StrEnum):
     """The model's fingerprint is not known (yet), so there is no key."""
     UNREADABLE = "unreadable"
     """The stored bytes are intact but not an answer of this version; the next answer replaces them."""
+    NOT_COMPARABLE = "not_comparable"
+    """Words cannot be compared: no plain question at the end, or a long one, or the setting or the client does not want it."""
+    NO_NEIGHBOUR = "no_neighbour"
+    """Nothing like it was asked under the same circumstances."""
+    GUARDED = "guarded"
+    """The nearest question differs in something that changes the answer: a number, a name, a negation, ..."""
+    UNVERIFIED = "unverified"
+    """The nearest question was not found to ask the same."""
+    SHADOW = "shadow"
+    """There is an answer to the same question in other words, but it is not known yet that such answers are right often enough."""
+    AUDITED = "audited"
+    """There is one that might be given. It is computed anew, to see whether that would have been right."""
 
 
 class RefusedReason(StrEnum):
@@ -65,6 +77,8 @@ class RefusedReason(StrEnum):
     """`max_tokens` 0: there is no answer."""
     UNKNOWN_MODEL = "unknown_model"
     """The model's fingerprint is not known (yet), so there is no key."""
+    NOT_COMPARABLE = "not_comparable"
+    """Not an answer in words to a question in words: nothing to give to the same question in other words."""
     NO_LEVEL = "no_level"
     """The answer cache is turned off."""
     FORGOTTEN = "forgotten"
@@ -195,6 +209,8 @@ class Answered(msgspec.Struct, frozen=True):
     """The client's own label."""
     refresh: bool = False
     """Nobody waited for it: its client was given an older answer, as another event tells."""
+    audit: bool = False
+    """It was computed though an answer to the same question in other words might have been given: to see if that was right."""
 
 
 class Billed(msgspec.Struct, frozen=True):
@@ -208,6 +224,34 @@ class Billed(msgspec.Struct, frozen=True):
     plain_tokens: int
     miss: str
     """Why nothing, or less than possible, was read (`diagnosis.Reason`); empty where all was."""
+
+
+class Compared(msgspec.Struct, frozen=True):
+    """The semantic level compared a question with those asked before, in other words."""
+
+    tenant: Tenant
+    request_id: str
+    model: str
+    outcome: Literal["hit", "miss", "shadow", "audit"]
+    step: str
+    """Which of its steps decided: `scope`, `neighbours`, `guards`, `verifier`, `judge`, `risk`, `answer`."""
+    why: str
+    """In words."""
+    nearest: str = ""
+    """How the nearest question began; empty where there was none."""
+    similarity: float | None = None
+    score: float | None = None
+    """Probability that its answer is right, by the verifier; 1: the same content."""
+
+
+class Judged(msgspec.Struct, frozen=True):
+    """It is known whether an answer to a question in other words was right, or would have been."""
+
+    tenant: Tenant
+    model: str
+    request_id: str
+    source: Literal["audit", "shadow", "feedback", "imported"]
+    wrong: bool
 
 
 class Optimised(msgspec.Struct, frozen=True):
@@ -255,6 +299,8 @@ Event = (
     | Computed
     | Answered
     | Billed
+    | Compared
+    | Judged
     | Optimised
     | UpstreamAsked
 )

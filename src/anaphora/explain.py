@@ -48,6 +48,12 @@ LEVEL_REASONS: Mapping[MissReason, str] = {
     MissReason.PREWARM: "`max_tokens` 0 asks for no answer",
     MissReason.UNKNOWN_MODEL: "the model's fingerprint is not known yet",
     MissReason.UNREADABLE: "what is kept is no answer of this version",
+    MissReason.NOT_COMPARABLE: "it is not a plain question of some lines, or other words are not wanted to stand for it",
+    MissReason.NO_NEIGHBOUR: "nothing like it was asked under the same circumstances",
+    MissReason.GUARDED: "the nearest question differs in something that changes the answer",
+    MissReason.UNVERIFIED: "the nearest question was not found to ask the same",
+    MissReason.SHADOW: "there is an answer to the same question in other words; it is not known yet that such are right",
+    MissReason.AUDITED: "there is an answer to the same question in other words; it was computed anew to see if it is right",
 }
 
 PROMPT_REASONS: Mapping[Reason, str] = {

@@ -161,11 +161,12 @@ class Gateway:
         if self._allowance is not None:
             self._allowance.admit(request.tenant)
 
+        request_id = "" if asked is None else asked.request_id
         num_landed = self._num_landed
-        recalled = await self._recall(request, control)
+        recalled = await self._recall(request, control, request_id)
         if recalled.hit is None and self._has_landed(recalled.key, num_landed):
             # The same question was answered, and its flight is over, while a slower tier was being asked: look again.
-            recalled = await self._recall(request, control)
+            recalled = await self._recall(request, control, request_id)
         if recalled.hit is not None:
             answer = Recalled(recalled.hit, recalled.key or recalled.hit.key, recalled.misses)
             self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, asked or NOBODY))
@@ -178,9 +179,11 @@ class Gateway:
         if self._accounting is not None and asked is not None and not self.hosts(request.model):
             bill = await self._accounting.open(request, asked, arrived_s)
 
+        teller = asked or NOBODY
+
         async def landed(completion: Completion) -> None:
-            self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s, request_id))
-            await self._learn(request, model, control, completion, recalled)
+            self._emit(Computed(request.tenant, request.model, completion.usage, completion.compute_s, teller.request_id))
+            await self._learn(request, model, control, completion, recalled, request_id)
             self._landed(recalled.key)
 
         # With the mark: who asks after a forget does not get an answer from before it. With what is to be kept: or it is not.
@@ -189,24 +192,32 @@ class Gateway:
         form = None if native is None else (native.dialect, native.credential, native.names_usage, request.stream)
         key = None if _alone(recalled, control) else (recalled.key, request.max_tokens, request.keep, recalled.mark, form)
         asking = request if bill is None else bill.keeping(request)
-        asked = asked or NOBODY
         if older is not None:
             answer = Recalled(older, recalled.key or older.key, recalled.misses)
-            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, asked))
-            asked = msgspec.structs.replace(asked, request_id=f"{asked.request_id}{_REFRESH}" if asked.request_id else "")
-        request_id = asked.request_id
+            self._emit(answer.answered(request, self._clock.monotonic_s() - started_s, teller))
+            teller = msgspec.structs.replace(teller, request_id=f"{teller.request_id}{_REFRESH}" if teller.request_id else "")
         if self._allowance is not None:
             try:
-                self._allowance.reserve(request, request_id)
+                self._allowance.reserve(request, teller.request_id)
             except LimitReached:
                 if older is None:
                     raise
                 return answer  # and it stays as old as it is
         subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
         if self._allowance is not None and subscription.collapsed:
-            self._allowance.settle(request_id, 0, 0)
+            self._allowance.settle(teller.request_id, 0, 0)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"
-        meter = Meter(request, source, started_s, self._clock, self._emit, asked=asked, bill=bill, refresh=older is not None)
+        meter = Meter(
+            request,
+            source,
+            started_s,
+            self._clock,
+            self._emit,
+            asked=teller,
+            bill=bill,
+            refresh=older is not None,
+            audit=_audit(recalled),
+        )
         if older is not None:
             self._refresh(Live(subscription, source, recalled, meter, bill))
             return answer
@@ -316,21 +327,29 @@ class Gateway:
 
     # -- the cache, which may fail without harm (invariant 8) ----------------------------------------------------------
 
-    async def _recall(self, request: Request, control: CacheControl) -> Recall:
+    async def _recall(self, request: Request, control: CacheControl, request_id: str = "") -> Recall:
         try:
-            return await self._memory.recall(request, control)
+            return await self._memory.recall(request, control, request_id)
         except Exception as error:  # whatever breaks in a level, the request goes on
             self._cache_failed("recall", error)
             return Recall(None, None)
 
     async def _learn(
-        self, request: Request, model: ModelInfo, control: CacheControl, completion: Completion, recalled: Recall
+        self,
+        request: Request,
+        model: ModelInfo,
+        control: CacheControl,
+        completion: Completion,
+        recalled: Recall,
+        request_id: str,
     ) -> None:
         try:
             if recalled.mark is None or await self._catalogue.get(model.id) != model:
                 return  # what was forgotten meanwhile is not known; or another model answered than the key says
             self.heed()
-            await self._memory.learn(request, control, completion, clean=True, key=recalled.key, since=recalled.mark)
+            await self._memory.learn(
+                request, control, completion, clean=True, key=recalled.key, since=recalled.mark, request_id=request_id
+            )
         except Exception as error:  # likewise: the clients have their answer already
             self._cache_failed("learn", error)
 
@@ -352,6 +371,10 @@ def _alone(recalled: Recall, control: CacheControl) -> bool:
         or control.no_store
         or any(miss.reason in _ALONE for miss in recalled.misses)
     )
+
+
+def _audit(recalled: Recall) -> bool:
+    return any(miss.reason is MissReason.AUDITED for miss in recalled.misses)
 
 
 def _bypass(recalled: Recall, control: CacheControl) -> bool:

@@ -21,6 +21,9 @@ AnswerLevel = Level[Question, Completion]
 Mark = tuple[LevelMark, ...]
 """One for each level."""
 
+_FINAL = frozenset({MissReason.NO_CACHE, MissReason.PREWARM, MissReason.SAMPLED, MissReason.EMPTY_BUCKET})
+"""What one level says for all: a new answer is wanted, or none at all."""
+
 
 class Recall(msgspec.Struct, frozen=True):
     """What memory says to a request: a hit, or why each level asked has none."""
@@ -44,15 +47,16 @@ class Memory:
         self._fingerprint = fingerprint
         self._emit = emit
 
-    async def recall(self, request: Request, control: CacheControl = NO_WISHES) -> Recall:
-        """The remembered answer. Does not suspend where it is in this process's memory."""
+    async def recall(self, request: Request, control: CacheControl = NO_WISHES, request_id: str = "") -> Recall:
+        """The remembered answer. Does not suspend where the first level has it in this process's memory."""
         mark = tuple([level.mark() for level in self._levels])
-        key = self._key(request)
-        if key is None:
+        fingerprint = self._fingerprint(request.model)
+        if fingerprint is None:
             miss = Miss("memory", MissReason.UNKNOWN_MODEL)
             self._emit(miss)
             return Recall(None, None, (miss,), mark)
-        question = Question(request, key, control)
+        key = request_key(request, fingerprint=fingerprint)
+        question = Question(request, key, control, fingerprint, request_id)
         misses: list[Miss] = []
         for level in self._levels:
             answer = await level.lookup(question)
@@ -60,6 +64,8 @@ class Memory:
             if isinstance(answer, Hit):
                 return Recall(key, answer, tuple(misses), mark)
             misses.append(answer)
+            if answer.reason in _FINAL:
+                break
         return Recall(key, None, tuple(misses), mark)
 
     async def learn(
@@ -72,19 +78,22 @@ class Memory:
         key: Key | None = None,
         tags: tuple[str, ...] = (),
         since: Mark | None = None,
+        request_id: str = "",
     ) -> Stored | Refused:
-        """Keep `completion` where it may be kept; the first level's word on it that says Stored, else the last one's.
+        """Keep `completion` where it may be kept; the first level's word on it that says Stored, else the first one's.
 
         `clean`: the answer was seen to its `End`. `key` is the recall's: an answer belongs to the question as it was when
         it was asked, even if the model has been replaced since. `since` is the recall's mark: what was being computed while
         something was forgotten is not learned (invariant 7).
         """
-        key = self._key(request) if key is None else key
+        fingerprint = self._fingerprint(request.model)
+        if key is None and fingerprint is not None:
+            key = request_key(request, fingerprint=fingerprint)
         outcomes: list[Stored | Refused] = []
         if key is None or not self._levels:
             outcomes.append(Refused("memory", RefusedReason.UNKNOWN_MODEL if key is None else RefusedReason.NO_LEVEL))
         else:
-            question = Question(request, key, control)
+            question = Question(request, key, control, fingerprint or "", request_id)
             cost_s = completion.compute_s
             marks = (None,) * len(self._levels) if since is None else since
             outcomes += [
@@ -93,7 +102,7 @@ class Memory:
             ]
         for outcome in outcomes:
             self._emit(outcome)
-        return next((outcome for outcome in outcomes if isinstance(outcome, Stored)), outcomes[-1])
+        return next((outcome for outcome in outcomes if isinstance(outcome, Stored)), outcomes[0])
 
     async def forget(self, scope: Scope) -> tuple[Forgotten, ...]:
         """Erase everything within `scope`; one receipt for each level."""
@@ -117,7 +126,3 @@ class Memory:
         """Flush and let go of every tier."""
         for level in self._levels:
             await level.aclose()
-
-    def _key(self, request: Request) -> Key | None:
-        fingerprint = self._fingerprint(request.model)
-        return None if fingerprint is None else request_key(request, fingerprint=fingerprint)

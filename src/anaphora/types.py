@@ -328,6 +328,9 @@ class CacheControl(msgspec.Struct, frozen=True, omit_defaults=True):
     """The same where no new one can be computed (RFC 5861). None: as the server is set. So below."""
     stale_while_revalidate_s: float | None = None
     """The same while a new one is computed for those who come later."""
+    semantic_risk: float | None = None
+    """How often an answer to a question in other words may be wrong, as a share of those given. 0: none is wanted. None: as
+    the server is set."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -48,7 +48,8 @@ class Entry(msgspec.Struct, array_like=True):
     """The model, as whoever answered names it."""
     upstream: str
     level: str
-    """Who answered: a level of memory (`exact`), `collapsed` (another request's computation), `computed`, `bypass`. `refresh`:
+    """Who answered: a level of memory (`exact`), `collapsed` (another request's computation), `computed`, `bypass`; `audit`: computed
+    to see whether a remembered answer to the same question in other words would have been right. `refresh`:
     nobody was answered, but an answer past its lifetime, which somebody was given, was computed anew. It is no request."""
     outcome: Literal["finished", "failed", "left"]
     input: int = 0
@@ -181,7 +182,9 @@ def _level(event: Answered) -> str:
         return REFRESH
     if event.source == "hit":
         return event.level or "exact"
-    return "computed" if event.source == "miss" else event.source
+    if event.source == "miss":
+        return "audit" if event.audit else "computed"
+    return event.source
 
 
 def uncached(usage: Usage) -> Usage:

@@ -21,6 +21,10 @@ class Question(msgspec.Struct, frozen=True):
     request: Request
     key: Key
     control: CacheControl = CacheControl()
+    fingerprint: str = ""
+    """The model's, which the key covers."""
+    request_id: str = ""
+    """For what is said of it later."""
 
 
 class Level(Protocol[Q_contra, V]):

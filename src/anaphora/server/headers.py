@@ -20,6 +20,7 @@ RawHeaders = list[tuple[bytes, bytes]]
 NO_DIRECTIVES = CacheControl()
 MAX_KEEP_S = 86_400
 MAX_TAG = 128
+MAX_RISK = 0.5
 _FOREVER_S = 1e10
 """Of a `max-stale` without seconds: however old."""
 _WHOLE_PROMPT = 1 << 40
@@ -36,6 +37,9 @@ _FWD = {
     MissReason.PREWARM: b"bypass",
     MissReason.UNKNOWN_MODEL: b"bypass",
 }
+
+_PLAIN = (MissReason.ABSENT, MissReason.NOT_COMPARABLE, MissReason.NO_NEIGHBOUR)
+"""Misses that there is nothing to say of."""
 
 NOT_CACHED: RawHeaders = [(b"cache-status", b"anaphora; detail=only-if-cached")]
 
@@ -93,6 +97,23 @@ def with_wishes(request: Request, exact: bytes | None, keep: bytes | None) -> Re
     return request
 
 
+def semantic_risk(value: bytes | None) -> float | None:
+    """What `x-anaphora-semantic` says: `off`, or the share of answers to questions in other words that may be wrong. Raises
+    InvalidRequest."""
+    if value is None:
+        return None
+    text = value.decode("latin-1").strip().lower()
+    if text == "off":
+        return 0.0
+    try:
+        risk = float(text)
+    except ValueError:
+        risk = -1.0
+    if not 0 < risk <= MAX_RISK:
+        raise InvalidRequest(f"The header x-anaphora-semantic takes off, or a share of wrong answers above 0 up to {MAX_RISK}.")
+    return risk
+
+
 def tag(value: bytes | None) -> str:
     """The client's own label of a request, `x-anaphora-tag`. Raises InvalidRequest."""
     if value is None:
@@ -107,8 +128,9 @@ def of_answer(answer: Answer, kv_reused_tokens: int) -> RawHeaders:
     """Where the answer came from and what that saved."""
     if isinstance(answer, Recalled):
         ttl = b"" if answer.ttl_s is None else b"; ttl=%d" % answer.ttl_s  # below 0: stale (RFC 9211 §2.3)
+        detail = b"" if answer.level == "exact" else b"; detail=%b" % answer.level.encode()
         return [
-            (b"cache-status", b'anaphora; hit%b; key="%b"' % (ttl, answer.key.encode())),
+            (b"cache-status", b'anaphora; hit%b; key="%b"%b' % (ttl, answer.key.encode(), detail)),
             (b"age", b"%d" % max(0, answer.age_s)),
             (b"x-anaphora-saved-ms", b"%d" % (answer.saved_s * 1000)),
         ]
@@ -119,7 +141,7 @@ def of_answer(answer: Answer, kv_reused_tokens: int) -> RawHeaders:
     fwd = b"bypass" if answer.source == "bypass" or reason is None else _FWD.get(reason, b"miss")
     collapsed = b"; collapsed" if answer.source == "collapsed" else b""
     key = b'; key="%b"' % answer.key.encode() if answer.key else b""
-    detail = b"" if reason is None or reason is MissReason.ABSENT else b"; detail=%b" % reason.encode()
+    detail = b"" if reason is None or reason in _PLAIN else b"; detail=%b" % reason.encode()
     return [
         (b"cache-status", b"anaphora; fwd=%b%b%b%b" % (fwd, collapsed, key, detail)),
         (b"x-anaphora-kv-reused-tokens", b"%d" % kv_reused_tokens),

@@ -81,6 +81,9 @@ class Answers(Endpoint):
         request = headers.with_wishes(request, call.head.get(b"x-anaphora-kv"), call.head.get(b"x-anaphora-kv-keep"))
         trail.model = request.model
         control = headers.cache_control(call.head.get(b"cache-control"))
+        risk = headers.semantic_risk(call.head.get(b"x-anaphora-semantic"))
+        if risk is not None:
+            control = msgspec.structs.replace(control, semantic_risk=risk)
         name = self._dialect.name
         # A translated question leaves nothing with the provider.
         stored = request.native is not None and passing.is_stored(name, body)
