@@ -1,0 +1,273 @@
+"""A text taken apart once, for all that compare it: words, their stems, its language, and its normal form. Pure."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+from itertools import zip_longest
+from typing import Final, Literal
+
+import msgspec
+
+from anaphora.levels.semantic.lexicon import FOREIGN, LANGUAGES, Language, Lexicon, lexicon
+
+LONGEST: Final = 2_000
+"""Characters of a text that is taken apart. What is longer is a document more than a question."""
+
+
+class Token(msgspec.Struct, frozen=True, gc=False):
+    """A word, a number or a piece of code. Marks are not kept, but for what they say of the words between them."""
+
+    text: str
+    """As written."""
+    low: str
+    """In lower case, contractions taken apart."""
+    stem: str
+    kind: Literal["word", "number", "code"]
+    content: bool
+    """A word with a meaning of its own."""
+    opens: bool
+    """The first of a sentence, where a capital letter says nothing."""
+    after: str
+    """The marks between this and the next token, without spaces."""
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """What is computed of a text once, and compared often."""
+
+    text: str
+    language: Language | Literal[""]
+    """Empty: not known, or not one of those that have a lexicon."""
+    normal: str
+    tokens: tuple[Token, ...]
+    """In their order; none for a text that is too long."""
+    content: tuple[str, ...]
+    """Stems of the tokens with content, in their order."""
+
+
+@lru_cache(maxsize=8192)
+def prepare(text: str) -> Prepared:
+    """About 0.1 ms for a question."""
+    normal = normal_form(text)
+    if len(text) > LONGEST:
+        return Prepared(text=text, language="", normal=normal, tokens=(), content=())
+    language = language_of(text)
+    tokens = _tokens(_plain(text), lexicon(language or "en"))
+    return Prepared(
+        text=text,
+        language=language,
+        normal=normal,
+        tokens=tokens,
+        content=tuple(token.stem for token in tokens if token.content),
+    )
+
+
+# Characters ------------------------------------------------------------------------------------------------------------
+
+_SAME = str.maketrans(
+    {
+        **dict.fromkeys("‘’‚‛ʼ`´′", "'"),
+        **dict.fromkeys("“”„‟«»″", '"'),
+        **dict.fromkeys("‐‑‒–—―−", "-"),
+        **dict.fromkeys(
+            "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000\t\v\f", " "
+        ),
+        **dict.fromkeys("\u200b\u2060\ufeff\u00ad", ""),
+        **dict.fromkeys("\r\u2028\u2029\u0085", "\n"),
+        **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
+        "…": "...",
+        "¿": "",
+        "¡": "",
+    }
+)
+"""Characters that differ in looks alone. NFKC would go too far: it makes 42 of 4²."""
+
+_CODE_SPANS = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+
+
+def _plain(text: str) -> str:
+    """One way of writing each character, code between back quotes left as it is."""
+    text = unicodedata.normalize("NFC", text)
+    if "`" not in text:
+        return text.translate(_SAME)
+    pieces, end = [], 0
+    for span in _CODE_SPANS.finditer(text):
+        pieces += [text[end : span.start()].translate(_SAME), span.group()]
+        end = span.end()
+    return "".join([*pieces, text[end:].translate(_SAME)])
+
+
+# Normal form -----------------------------------------------------------------------------------------------------------
+
+_INDENTED = re.compile(r"```|\n(?: {2,}|\t)\S")
+_SPACE = re.compile(r"[^\S\n]+")
+_LINES = re.compile(r" ?\n\s*")
+_BEFORE_MARK = re.compile(r" +(?=[,;:?!](?:\s|$))|(?<=[\w\"'?!)]) +(?=\.(?:\s|$))")
+_REPEATED = re.compile(r"([?!])(?:\s*[?!])+")
+_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
+
+
+def normal_form(text: str) -> str:
+    """Texts with equal normal forms say the same, whoever reads them: they differ in case, spaces, marks at the end and ways of
+    writing a character. What may change the meaning stays: US and us, C++ and C, -5 and 5."""
+    if _INDENTED.search(text):
+        # Spaces are part of code.
+        return unicodedata.normalize("NFC", text).strip()
+    plain = _LINES.sub("\n", _SPACE.sub(" ", _plain(text))).strip()
+    plain = _REPEATED.sub(r"\1", _BEFORE_MARK.sub("", plain))
+    if "`" in plain:
+        return plain
+    return _folded(_without_end(plain))
+
+
+def _without_end(text: str) -> str:
+    """Without the marks at the end, where the words say as much: `It works?` asks, `It works.` does not; 5! is 120."""
+    bare = text.rstrip(".").rstrip()
+    if (bare.endswith("!") and not bare[:-1].endswith(tuple("0123456789)]"))) or (bare.endswith("?") and _asks(bare)):
+        bare = bare[:-1].rstrip()
+    if not bare:
+        return text
+    return bare if bare == text else _without_end(bare)
+
+
+def _asks(text: str) -> bool:
+    if any(mark in text[:-1] for mark in ".?!;\n"):
+        return False
+    first = _WORD.match(text)
+    return first is not None and any(first.group().lower() in lexicon(language).asking for language in LANGUAGES)
+
+
+def _folded(text: str) -> str:
+    shouted = len(_WORD.findall(text)) > 2 and text.isupper()
+    pieces, end = [], 0
+    for word in _WORD.finditer(text):
+        written = word.group()
+        low, beside = written.lower(), text[word.end() : word.end() + 1]
+        if written != low and _may_fold(written, low, first=word.start() == 0, shouted=shouted, beside=beside):
+            pieces += [text[end : word.start()], low]
+            end = word.end()
+    return "".join([*pieces, text[end:]])
+
+
+def _may_fold(written: str, low: str, *, first: bool, shouted: bool, beside: str) -> bool:
+    if low in FOLDED:
+        return True
+    if beside and beside in "_\\/=(@#+0123456789":
+        return False  # part of a name in code, an address, C++
+    if len(written) == 1:
+        return low == "i" or (first and low in "aoyeuаиоуявкс")
+    if low in MEANINGFUL:
+        return False
+    if written.isupper():
+        return shouted or len(written) > 5
+    return written[1:].islower() or written[1:].replace("'", "").replace("-", "").islower()
+
+
+FOLDED: Final = frozenset().union(*(lexicon(language).cases.folded for language in LANGUAGES))
+MEANINGFUL: Final = frozenset().union(*(lexicon(language).cases.meaningful for language in LANGUAGES))
+
+
+# Language --------------------------------------------------------------------------------------------------------------
+
+_LETTERS = re.compile(r"[^\W\d_]+")
+_CYRILLIC = re.compile(r"[\u0400-\u04ff]")
+_STRANGE = re.compile(
+    r"[^\u0000-\u024f\u0400-\u04ff\u1e00-\u1eff\u2000-\u2bff\ufe00-\ufe0f\U0001f000-\U0001faff]|[іїєґўљњћђџј]"
+)
+"""Letters of other scripts, and those of Cyrillic that Russian does not have."""
+_NOT_ENGLISH_OR_SPANISH = re.compile(r"[äößåæøœçãõàèìòùâêîôûëïýþðłżźśćęąňřšžčěůőűğışțșđ]")
+_SPANISH_MARKS = re.compile(r"[ñ¿¡áéíóú]")
+
+
+def language_of(text: str) -> Language | Literal[""]:
+    """By its letters and its small words. Empty where another language is likelier than those with a lexicon."""
+    low = unicodedata.normalize("NFC", text).lower()
+    if _STRANGE.search(low):
+        return ""
+    words = _LETTERS.findall(low)
+    if _CYRILLIC.search(low):
+        return "ru"
+    english = sum(word in _ENGLISH for word in words)
+    spanish = sum(word in _SPANISH for word in words) + len(_SPANISH_MARKS.findall(low))
+    foreign = sum(word in FOREIGN for word in words)
+    # Many small words of French or Portuguese are Spanish as well.
+    if max(1, english, spanish) <= 2 * foreign or (max(english, spanish) == 0 and _NOT_ENGLISH_OR_SPANISH.search(low)):
+        return ""
+    return "es" if spanish > english else "en"
+
+
+_ENGLISH = lexicon("en").function | lexicon("en").contractions.keys()
+_SPANISH = lexicon("es").function
+
+
+# Tokens ----------------------------------------------------------------------------------------------------------------
+
+_TOKEN = re.compile(
+    r"""
+    (?P<short>(?<![\w.])(?:[^\W\d_]\.){2,}(?:[^\W\d_](?!\w))? | [ap]\.m\b)
+    |(?P<code>```.*?```|`[^`\n]+`
+        |(?:https?|ftp)://[^\s<>"]*[^\s<>".,;:!?)\]'] | www\.[^\s<>"]*[^\s<>".,;:!?)\]']
+        |[\w.+-]+@[\w-]+(?:\.[\w-]+)+
+        |(?<![\w-])--?[A-Za-z][\w-]*(?==|\s|$|[,.;?!])
+        |(?<![\w/])\w[\w.-]*(?:/[\w.-]+)*/[\w-]+\.[A-Za-z]\w*
+        |(?<!\w)(?:~|\.{1,2})?(?:/[\w.-]*[\w-])+/?(?!\w) | [A-Za-z]:\\[^\s]+
+        |[^\W\d]\w*\([^()\s]*\)
+        |[^\W\d_]*\w*[^\W_]_\w+ | __\w+__
+        |[a-z]+[A-Z]\w*(?:\.\w+)* | [^\W\d_]\w*(?:\.[a-zA-Z_]\w*){1,}
+        |\.[A-Za-z]\w*
+        |[A-Za-z][+#]{1,2}(?!\w) | [A-Za-z]{1,10}(?:\+\+|\#)(?!\w))
+    |(?P<number>[+-]?(?<![\w])[$€£¥₽]?\d+(?:[.,:/ \u202f-]?\d+)*
+        (?:\s?[%°$€£¥₽]|(?:st|nd|rd|th|º|ª|-?(?:й|я|е|го|му|ая|ое|ый|ой))\b)?)
+    |(?P<word>[^\W_]+(?:['-][^\W_]+)*)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _tokens(text: str, words: Lexicon) -> tuple[Token, ...]:
+    found = list(_TOKEN.finditer(text))
+    tokens: list[Token] = []
+    opens = True
+    for match, following in zip_longest(found, found[1:]):
+        between = text[match.end() : following.start() if following else len(text)]
+        after = "".join(between.split())
+        written, kind = match.group(), match.lastgroup or "word"
+        if kind == "short" or (kind == "code" and written.lower() in FOLDED):
+            kind, written = "word", written.replace(".", "")
+        if kind == "word":
+            tokens += _word(written, opens, after, words)
+        elif kind == "number":
+            tokens.append(Token(written, written.lower(), written.lower(), "number", True, opens, after))
+        else:
+            tokens.append(Token(written, written, written, "code", True, opens, after))
+        opens = "\n" in between or any(mark in ".?!:" for mark in after)
+    return tuple(tokens)
+
+
+def _word(written: str, opens: bool, after: str, words: Lexicon) -> list[Token]:
+    parts = _parts(written.lower(), words)
+    tokens = [
+        Token(written if place == 0 else part, part, stem, "word", content, opens and place == 0, "")
+        for place, (part, stem, content) in enumerate(parts)
+    ]
+    tokens[-1] = msgspec.structs.replace(tokens[-1], after=after)
+    return tokens
+
+
+@lru_cache(maxsize=16384)
+def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool], ...]:
+    words = lexicon(language)
+    if (long := words.contractions.get(low)) is not None:
+        parts = long
+    elif low.endswith("n't"):
+        parts = (low[:-3], "not")
+    else:
+        head, mark, tail = low.rpartition("'")
+        short = {"re": "are", "ve": "have", "ll": "will", "d": "would", "m": "am"}.get(tail) if mark else None
+        parts = (head, short) if short else (low.removesuffix("'s"),)
+    return tuple((part, words.stem(part), part not in words.function) for part in parts)
+
+
+def _parts(low: str, words: Lexicon) -> tuple[tuple[str, str, bool], ...]:
+    return _parts_of(low, words.language)
