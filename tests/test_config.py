@@ -80,6 +80,7 @@ def test_a_short_variable_means_the_same_as_the_long_one(path: str, short: str) 
         "cache.shared": "redis://localhost",
         "gateway.upstreams": "openai=http://localhost",
         "gateway.optimiser": "advise",
+        "semantic.mode": "shadow",
     }.get(path, "localhost")
     long = "ANAPHORA_" + path.replace(".", "_").upper()
     assert load(environ={short: value}).config == load(environ={long: value}).config != Config()

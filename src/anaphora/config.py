@@ -295,6 +295,43 @@ class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Export OpenTelemetry spans and metrics, as the OTEL_* variables say."""
 
 
+Risk = Annotated[float, msgspec.Meta(gt=0, le=0.5)]
+SemanticMode = Literal["off", "shadow", "on"]
+
+
+class SemanticRouteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Another mode or risk for some tenants' questions to some models. The first that matches holds."""
+
+    models: tuple[Name, ...] = ("*",)
+    tenants: tuple[Name, ...] = ("*",)
+    mode: SemanticMode | None = None
+    risk: Risk | None = None
+
+
+class SemanticConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answers to questions that were asked before in other words."""
+
+    mode: SemanticMode = "off"
+    """`shadow`: nothing is answered so, but it is found out how often that would have been wrong."""
+    risk: Risk = 0.01
+    """Of the answers that are given so, at most this share may be wrong. Until there is evidence for that none is given."""
+    confidence: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.95
+    """How sure it must be."""
+    audit_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.05
+    """Of the answers that might be given, those that are computed all the same, to be compared."""
+    encoder: Name = "minilm"
+    """Whose vectors find the questions that are near."""
+    max_entries: Positive = 200_000
+    """Questions that are remembered."""
+    max_chars: Positive = 600
+    """Of a question. A longer one says more than an encoder reads."""
+    judge: str = ""
+    """A model that is asked whether two answers say the same, and whether an answer fits where the verifier is in doubt."""
+    shared: bool = False
+    """Tenants are given each other's answers where these were audited."""
+    routes: tuple[SemanticRouteConfig, ...] = ()
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of one process. `Config()` is the default configuration; it survives `msgspec.json` round trips."""
 
@@ -303,6 +340,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
     ledger: LedgerConfig = msgspec.field(default_factory=LedgerConfig)
+    semantic: SemanticConfig = msgspec.field(default_factory=SemanticConfig)
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -338,6 +376,7 @@ SHORT_VARIABLES = {
     "cache.shared": "ANAPHORA_SHARED",
     "gateway.upstreams": "ANAPHORA_UPSTREAMS",
     "gateway.optimiser": "ANAPHORA_OPTIMISER",
+    "semantic.mode": "ANAPHORA_SEMANTIC",
 }
 OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA_API_KEY")
 """Read elsewhere (the file's path; test data; where `chat` and `stats` connect to), so not a misspelling."""
@@ -400,6 +439,7 @@ def load(
         cache=CacheConfig(**values.get("cache", {})),
         gateway=GatewayConfig(**values.get("gateway", {})),
         ledger=LedgerConfig(**values.get("ledger", {})),
+        semantic=SemanticConfig(**values.get("semantic", {})),
     )
     _check(config, environ)
     return Loaded(config, sources, tuple(_unknown_variables(environ, config)))
@@ -562,11 +602,11 @@ def _structured(setting: Setting, text: str) -> Any:
     if setting.path == "gateway.upstreams":
         pairs = [item.partition("=") for item in text.split(",") if item.strip()]
         return [_upstream(name.strip(), url.strip()) for name, _, url in pairs]
-    if setting.path == "ledger.limits":
+    if setting.path in ("ledger.limits", "semantic.routes"):
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
-            raise ValueError(f"expected limits as JSON: {error}") from error
+            raise ValueError(f"expected JSON: {error}") from error
     if setting.path == "gateway.optimiser":
         return {"mode": text}
     if setting.path in ("engine.aliases", "engine.profile"):
@@ -603,6 +643,7 @@ _FIELDS: dict[str, type[msgspec.Struct]] = {
     "gateway.routes": RouteConfig,
     "gateway.optimiser": OptimiserConfig,
     "ledger.limits": LimitConfig,
+    "semantic.routes": SemanticRouteConfig,
 }
 
 
@@ -626,6 +667,8 @@ def _check(config: Config, environ: Mapping[str, str]) -> None:
         )
     _check_gateway(config.gateway, environ)
     _check_ledger(config.ledger)
+    if config.semantic.mode != "off" and not config.cache.enabled:
+        raise ConfigError("semantic.mode: answers in other words are those of the answer cache; set cache.enabled = true")
     if config.engine.kind == "none" and not config.gateway.upstreams:
         raise ConfigError("engine.kind: without an engine there must be upstreams; add [[gateway.upstreams]]")
     if config.server.virtual_clock and config.server.workers > 1:

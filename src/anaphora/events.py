@@ -50,6 +50,8 @@ class MissReason(StrEnum):
     """The nearest question was not found to ask the same."""
     SHADOW = "shadow"
     """There is an answer to the same question in other words, but it is not known yet that such answers are right often enough."""
+    FAILED = "failed"
+    """A step of the comparison failed. It is a miss, whatever the others said."""
     AUDITED = "audited"
     """There is one that might be given. It is computed anew, to see whether that would have been right."""
 

@@ -19,7 +19,7 @@ from anaphora.accounting import Asked, Bill
 from anaphora.answer import Live, Recalled
 from anaphora.clock import Clock
 from anaphora.diagnosis import Miss, Reason
-from anaphora.events import Event, MissReason, Optimised, UpstreamAsked
+from anaphora.events import Compared, Event, MissReason, Optimised, UpstreamAsked
 from anaphora.events import Miss as LevelMiss
 from anaphora.lint.findings import RULES
 from anaphora.outline import Outline, Parting, Piece, outline, part
@@ -53,6 +53,7 @@ LEVEL_REASONS: Mapping[MissReason, str] = {
     MissReason.GUARDED: "the nearest question differs in something that changes the answer",
     MissReason.UNVERIFIED: "the nearest question was not found to ask the same",
     MissReason.SHADOW: "there is an answer to the same question in other words; it is not known yet that such are right",
+    MissReason.FAILED: "a step of comparing it with other questions failed",
     MissReason.AUDITED: "there is an answer to the same question in other words; it was computed anew to see if it is right",
 }
 
@@ -170,6 +171,19 @@ class Upstream(msgspec.Struct, frozen=True):
     """The router's, of all that could have been asked; the smallest won."""
 
 
+class Comparison(msgspec.Struct, frozen=True):
+    """With the nearest question that was asked before in other words."""
+
+    outcome: str
+    step: str
+    """That decided."""
+    why: str
+    nearest: str
+    """How it began; empty where there was none."""
+    similarity: float | None
+    score: float | None
+
+
 class Advice(msgspec.Struct, frozen=True):
     """What the prompt optimiser decided."""
 
@@ -203,6 +217,8 @@ class Explanation(msgspec.Struct, frozen=True):
     """That were asked, in turn."""
     optimiser: Advice | None = None
     """None: it had nothing to do with this request."""
+    semantic: Comparison | None = None
+    """None: not compared with questions in other words."""
 
 
 class Trail:
@@ -223,6 +239,7 @@ class Trail:
         "advice",
         "answer_id",
         "arrived_s",
+        "comparison",
         "dialect",
         "error",
         "model",
@@ -248,6 +265,7 @@ class Trail:
         self._reused: int | None = None
         self._upstreams: list[Upstream] = []
         self.advice: Advice | None = None
+        self.comparison: Comparison | None = None
 
     def asked(self, event: UpstreamAsked) -> None:
         """An upstream was asked; said once more where it gave no answer."""
@@ -304,6 +322,7 @@ class Trail:
             kv_reused_tokens=self._reused,
             upstreams=tuple(self._upstreams),
             optimiser=self.advice,
+            semantic=self.comparison,
         )
 
 
@@ -356,7 +375,7 @@ class Explanations:
 
     def record(self, event: Event) -> None:
         """Takes every event; most do not concern it."""
-        if not isinstance(event, Optimised | UpstreamAsked):
+        if not isinstance(event, Optimised | UpstreamAsked | Compared):
             return
         kept = self._tenants.get(event.tenant)
         trail = None if kept is None else kept.trails.get(_bare(event.request_id))
@@ -364,6 +383,8 @@ class Explanations:
             return
         if isinstance(event, Optimised):
             trail.advice = Advice(event.mode, event.model, event.marks, event.reasons)
+        elif isinstance(event, Compared):
+            trail.comparison = Comparison(event.outcome, event.step, event.why, event.nearest, event.similarity, event.score)
         else:
             trail.asked(event)
 

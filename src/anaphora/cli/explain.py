@@ -68,6 +68,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['answer_id']} ({found['request_id']}), {found['model'] or 'no model'}: {_outcome(found)}"
     for level in found["levels"]:
         yield f"    {level['level']:<8}{level['reason']}: {level['meaning']}"
+    if found["semantic"] is not None:
+        yield from _compared(found["semantic"])
     caching = found["prompt_cache"]
     if caching is not None:
         yield f"    prompt  {_counts(caching)}, by the rules of {caching['profile']}"
@@ -130,6 +132,14 @@ def _outcome(found: dict[str, Any]) -> str:
         return f"answered by the level `{found['answered_by']}`, {found['age_s']:,.0f} s old"
     computed = "joined a computation that was running" if found["shared"] else "computed"
     return computed if found["outcome"] == "finished" else f"{computed}, {found['outcome']}"
+
+
+def _compared(found: dict[str, Any]) -> Iterator[str]:
+    """What the semantic level found, and which of its steps decided."""
+    if found["nearest"]:
+        figures = [f"{name} {found[name]:.3f}" for name in ("similarity", "score") if found[name] is not None]
+        yield f"    nearest “{found['nearest']}”" + (f" ({', '.join(figures)})" if figures else "")
+    yield f"    words   {found['outcome']}, decided by {found['step']}: {found['why']}"
 
 
 def _counts(caching: dict[str, Any]) -> str:

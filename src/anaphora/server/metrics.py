@@ -16,7 +16,21 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from anaphora.events import Answered, Billed, Computed, Damaged, Dropped, Event, Evicted, Failed, Miss, Refused, Stored
+from anaphora.events import (
+    Answered,
+    Billed,
+    Compared,
+    Computed,
+    Damaged,
+    Dropped,
+    Event,
+    Evicted,
+    Failed,
+    Judged,
+    Miss,
+    Refused,
+    Stored,
+)
 from anaphora.promises import Stats as PromiseStats
 from anaphora.sums import Sums, Totals
 from anaphora.types import FinishReason
@@ -129,6 +143,10 @@ class Metrics:
         self.unread = _Counter(
             sums, "anaphora:prompt_cache_misses", "Prompts that read less than they could.", ("model", "reason")
         )
+        self.compared = _Counter(sums, "anaphora:semantic_compared", "Questions compared with others.", ("outcome", "step"))
+        self.judged = _Counter(
+            sums, "anaphora:semantic_judged", "Answers in other words found right or wrong.", ("source", "wrong")
+        )
         self.stored = _Counter(sums, "anaphora:cache_stored", "Answers learned.", ("level",))
         self.refused = _Counter(sums, "anaphora:cache_refused", "Answers not learned.", ("level", "reason"))
         self.evicted = _Counter(sums, "anaphora:cache_evicted", "Entries that made room.", ("tier",))
@@ -151,6 +169,10 @@ class Metrics:
                 self.billed.add(event.plain_tokens, event.model, "plain")
                 if event.miss:
                     self.unread.add(1, event.model, event.miss)
+            case Compared():
+                self.compared.add(1, event.outcome, event.step)
+            case Judged():
+                self.judged.add(1, event.source, "true" if event.wrong else "false")
             case Stored():
                 self.stored.add(1, event.level)
             case Refused():
