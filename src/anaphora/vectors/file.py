@@ -1,0 +1,160 @@
+"""Vectors in a file: everything in one, with a checksum over all of it, put in its place when it is whole.
+
+magic, format, dimensions
+for each space: its rows (ids, codes), its graph
+table of the spaces, its length
+checksum
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from anaphora.errors import AnaphoraError
+from anaphora.vectors.graph import Graph
+from anaphora.vectors.rows import Codes, Ids
+
+FORMAT = 1
+
+_MAGIC = b"anaphvec"
+_HEAD = struct.Struct("<8sII")
+_LENGTH = struct.Struct("<Q")
+_DIGEST = 16
+_CHUNK = 1 << 20
+
+
+class VectorsDamaged(AnaphoraError):
+    """A file of vectors is cut short, altered, of another format, or no such file. Says which."""
+
+
+class Saved(msgspec.Struct):
+    """What is saved of a space."""
+
+    space: bytes
+    ids: Ids
+    codes: Codes
+    graph: Graph | None = None
+
+
+class _Placed(msgspec.Struct, array_like=True):
+    space: bytes
+    num_rows: int
+    graph_bytes: int
+
+
+class _Table(msgspec.Struct, array_like=True):
+    note: bytes
+    spaces: list[_Placed]
+
+
+def write(path: Path, dimensions: int, spaces: Iterable[Saved], note: bytes, may_replace: Callable[[], bool]) -> bool:
+    """Atomic: whoever reads finds the file of before, or this one. False: at the end it might not be replaced any more. Raises
+    OSError."""
+    with _workplace(path) as workplace:
+        whole, part = workplace / "whole", workplace / "part"
+        with whole.open("wb") as file:
+            output = _Summed(file)
+            output.write(_HEAD.pack(_MAGIC, FORMAT, dimensions))
+            table = _Table(note, [])
+            for saved in spaces:
+                output.write(np.ascontiguousarray(saved.ids, "<i8").tobytes())
+                output.write(np.ascontiguousarray(saved.codes).tobytes())
+                if saved.graph is not None:
+                    saved.graph.save(part)
+                    with part.open("rb") as graph:
+                        while chunk := graph.read(_CHUNK):
+                            output.write(chunk)
+                size = part.stat().st_size if saved.graph is not None else 0
+                table.spaces.append(_Placed(saved.space, len(saved.ids), size))
+            encoded = msgspec.msgpack.encode(table)
+            output.write(encoded)
+            output.write(_LENGTH.pack(len(encoded)))
+            file.write(output.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        if not may_replace():
+            return False
+        os.replace(whole, path)
+    return True
+
+
+def read(path: Path, dimensions: int) -> tuple[bytes, list[Saved]]:
+    """(note, spaces). Raises VectorsDamaged; OSError where the file cannot be read."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < _HEAD.size + _LENGTH.size + _DIGEST:
+            raise VectorsDamaged(f"{path} is cut short")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
+            try:
+                return _parse(content, dimensions)
+            except (ValueError, msgspec.MsgspecError) as error:
+                raise VectorsDamaged(f"{path} cannot be used: {error}") from error
+
+
+def remove(path: Path) -> None:
+    """And what an interrupted `write` left. Raises OSError."""
+    path.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _parse(content: memoryview, dimensions: int) -> tuple[bytes, list[Saved]]:
+    magic, version, found = _HEAD.unpack_from(content)
+    if magic != _MAGIC:
+        raise ValueError("it holds no vectors")
+    if version != FORMAT:
+        raise ValueError(f"format {version}, not {FORMAT}")
+    if found != dimensions:
+        raise ValueError(f"vectors of {found} dimensions, not {dimensions}")
+    end = len(content) - _DIGEST
+    if blake2b(content[:end], digest_size=_DIGEST).digest() != content[end:]:
+        raise ValueError("its checksum does not match")
+    (length,) = _LENGTH.unpack_from(content, end - _LENGTH.size)
+    table = msgspec.msgpack.decode(content[end - _LENGTH.size - length : end - _LENGTH.size], type=_Table)
+    spaces, place = [], _HEAD.size
+    for placed in table.spaces:
+        codes_at = place + 8 * placed.num_rows
+        graph_at = codes_at + dimensions * placed.num_rows
+        ids = np.frombuffer(content[place:codes_at], "<i8").astype(np.int64)
+        codes = np.frombuffer(content[codes_at:graph_at], np.int8).reshape(-1, dimensions).copy()
+        place = graph_at + placed.graph_bytes
+        graph = Graph.restored(dimensions, content[graph_at:place]) if placed.graph_bytes else None
+        spaces.append(Saved(placed.space, ids, codes, graph))
+    return table.note, spaces
+
+
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A folder nobody else may look into."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Summed:
+    """Writes, and sums up what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sum = blake2b(digest_size=_DIGEST)
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sum.update(content)
+
+    def digest(self) -> bytes:
+        return self._sum.digest()
