@@ -97,7 +97,7 @@ ENCODERS = Registry(
     "encoders",
     {
         "minilm": "anaphora.backends.encoders.minilm:MiniLM",
-        "multilingual-e5-small": "anaphora.backends.encoders.e5:E5",
+        "e5": "anaphora.backends.encoders.e5:E5",
         "static": "anaphora.backends.encoders.static:Static",
     },
 )

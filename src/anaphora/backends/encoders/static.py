@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from anaphora.backends.encoders.base import Kind, fingerprint_of, normalised
@@ -21,21 +20,18 @@ if TYPE_CHECKING:
 _RECIPE = "static 1: mean over tokens, length 1, at most 8192 tokens"
 
 
-class StaticOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    threads: int = 1
-    """There is never more than one."""
-
-
 class Static:
-    """An `Encoder`. Raises ImportError where the packages of the extra `embeddings` are not installed."""
+    """An `Encoder`."""
 
     name = "static"
     aliases = ("wordllama", "wordllama-l2-supercat-256")
+    needs = ("safetensors", "tokenizers", "wordllama")
     dimensions = 256
     max_tokens = 8192
     kinds: tuple[Kind, ...] = ("",)
 
-    def __init__(self, options: StaticOptions = StaticOptions()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, *, threads: int = 1) -> None:
+        """There is never more than one thread."""
         from safetensors.numpy import load_file
         from tokenizers import Tokenizer
 

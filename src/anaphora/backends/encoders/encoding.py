@@ -1,0 +1,205 @@
+"""Encoders on threads of their own, one each, fed batch by batch: the event loop never waits for a model."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anaphora.backends.encoders.base import Encoder, Kind
+from anaphora.batching import Batcher, BatchingOptions, Item
+from anaphora.clock import Clock, SystemClock
+from anaphora.errors import BackendFailed, ConfigError
+
+if TYPE_CHECKING:
+    from anaphora.backends.encoders.base import Vectors
+
+log = logging.getLogger(__name__)
+
+
+class TextTooLong(Exception):
+    """A text has more tokens than the encoder takes, and was not to be cut."""
+
+    def __init__(self, number: int, num_tokens: int) -> None:
+        super().__init__(f"text {number} has {num_tokens} tokens")
+        self.number = number
+        self.num_tokens = num_tokens
+
+
+class _Job:
+    """One call: texts, what became of those that were computed, and who waits."""
+
+    def __init__(self, texts: Sequence[str], kind: Kind, *, whole: bool) -> None:
+        self.texts = texts
+        self.kind = kind
+        self.whole = whole
+        self.done: Future[tuple[Vectors, list[int]]] = Future()
+        self.vectors: Vectors | None = None
+        self.num_tokens: list[int] = []
+        self.num_left = len(texts)
+
+
+class Encoding:
+    """One encoder, which `make` makes when it is first needed, on the thread that alone calls it. For any event loop."""
+
+    def __init__(
+        self,
+        make: Callable[[], Encoder],
+        *,
+        options: BatchingOptions | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._make = make
+        self._batcher = Batcher(options or BatchingOptions())
+        self._clock = clock or SystemClock()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: dict[int, _Job] = {}
+        self._num_jobs = 0
+        self._made: Future[Encoder] = Future()
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Load the encoder, behind everything else."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="anaphora-encoder", daemon=True)
+            self._thread.start()
+
+    async def encoder(self) -> Encoder:
+        """The encoder itself, once it is loaded: for what it is, not to be called. Raises BackendFailed."""
+        self.begin()
+        return await asyncio.shield(asyncio.wrap_future(self._made))  # others wait for it, too
+
+    async def encode(self, texts: Sequence[str], kind: Kind = "", *, whole: bool = False) -> tuple[Vectors, list[int]]:
+        """A row for each text, and how many tokens each has. Raises BackendFailed.
+
+        `whole`: raises TextTooLong instead of cutting a text, before anything is computed.
+        """
+        encoder = await self.encoder()
+        if not texts:
+            return np.zeros((0, encoder.dimensions), np.float32), []
+        job = _Job(texts, kind, whole=whole)
+        self._queue.put(job)
+        return await asyncio.wrap_future(job.done)
+
+    def close(self) -> None:
+        """End the thread. What has not been computed fails."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            encoder = self._make()
+        except Exception as error:
+            log.exception("an encoder cannot be loaded")
+            self._made.set_exception(BackendFailed(f"The embedding model cannot be loaded: {error}"))
+            return
+        self._made.set_result(encoder)
+        while self._receive(encoder):
+            batch = self._batcher.take()
+            if batch:
+                self._compute(encoder, batch)
+        for job in self._jobs.values():
+            _fail(job, BackendFailed("The server is stopping."))
+
+    def _receive(self, encoder: Encoder) -> bool:
+        """Take what has come; where there is nothing to do, wait for it. False: it is over."""
+        wait_s = self._batcher.wait_s(self._clock.monotonic_s())
+        while True:
+            try:
+                job = self._queue.get(block=wait_s != 0, timeout=wait_s or None)
+            except queue.Empty:
+                return True
+            if job is None:
+                return False
+            self._accept(encoder, job)
+            wait_s = self._batcher.wait_s(self._clock.monotonic_s()) or 0.0
+
+    def _accept(self, encoder: Encoder, job: _Job) -> None:
+        try:
+            job.num_tokens = [encoder.num_tokens(text, job.kind) for text in job.texts]
+            longest = max(range(len(job.texts)), key=job.num_tokens.__getitem__)
+            if job.whole and job.num_tokens[longest] > encoder.max_tokens:
+                raise TextTooLong(longest, job.num_tokens[longest])
+        except Exception as error:
+            _fail(job, error)
+            return
+        self._num_jobs += 1
+        self._jobs[self._num_jobs] = job
+        job.vectors = np.zeros((len(job.texts), encoder.dimensions), np.float32)
+        sizes = (min(num, encoder.max_tokens) for num in job.num_tokens)
+        items = [Item(self._num_jobs, number, size, job.kind) for number, size in enumerate(sizes)]
+        self._batcher.add(items, self._clock.monotonic_s())
+
+    def _compute(self, encoder: Encoder, batch: list[Item]) -> None:
+        jobs = [self._jobs[item.owner] for item in batch]
+        try:
+            texts = [job.texts[item.number] for job, item in zip(jobs, batch, strict=True)]
+            vectors = encoder.encode(texts, jobs[0].kind)
+        except Exception as error:
+            log.exception("an encoder failed")
+            for item in batch:
+                self._end(item.owner, BackendFailed(f"The embedding model failed: {error}"))
+            return
+        for job, item, vector in zip(jobs, batch, vectors, strict=True):
+            assert job.vectors is not None
+            job.vectors[item.number] = vector
+            job.num_left -= 1
+            if job.num_left == 0:
+                self._end(item.owner)
+        for owner in {item.owner for item in batch}:
+            if owner in self._jobs and self._jobs[owner].done.cancelled():
+                self._end(owner)
+
+    def _end(self, owner: int, error: Exception | None = None) -> None:
+        job = self._jobs.pop(owner, None)
+        if job is None:
+            return
+        self._batcher.drop(owner)
+        if error is not None:
+            _fail(job, error)
+        elif job.vectors is not None and job.done.set_running_or_notify_cancel():
+            job.done.set_result((job.vectors, job.num_tokens))
+
+
+class Encoders:
+    """Those of one process, by the names of their kinds: one `Encoding` each, whoever asks for it. `load` is the registry's."""
+
+    def __init__(self, load: Callable[[str], Any], *, threads: int = 1) -> None:
+        self._load = load
+        self._threads = threads
+        self._encodings: dict[str, Encoding] = {}
+
+    def kind(self, name: str) -> Any:
+        """The class, which tells the model's names and sizes. Raises ConfigError where it or what it needs is missing."""
+        kind = self._load(name)
+        missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
+        if missing:
+            raise ConfigError(f"the encoder {name} needs {' and '.join(missing)}: install anaphora[embeddings]")
+        return kind
+
+    def get(self, name: str) -> Encoding:
+        """Raises ConfigError."""
+        found = self._encodings.get(name)
+        if found is None:
+            found = self._encodings[name] = Encoding(partial(self.kind(name), threads=self._threads))
+        return found
+
+    def close(self) -> None:
+        for encoding in self._encodings.values():
+            encoding.close()
+
+
+def _fail(job: _Job, error: Exception) -> None:
+    if job.done.set_running_or_notify_cancel():
+        job.done.set_exception(error)
