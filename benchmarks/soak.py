@@ -92,6 +92,9 @@ class Question(msgspec.Struct):
     said: str = ""
     status: int = 0
     first_s: float | None = None
+    error: str = ""
+    """What it was told."""
+    whole_s: float = 0.0
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -195,7 +198,7 @@ async def ask(client: httpx2.AsyncClient, question: Question, leave_after: int |
         ):
             question.status = response.status_code
             if response.status_code != 200:
-                await response.aread()
+                question.error = (await response.aread()).decode(errors="replace")
                 question.outcome = "error"
             elif not question.stream:
                 question.said = whole(question.api, json.loads(await response.aread()))
@@ -209,13 +212,16 @@ async def ask(client: httpx2.AsyncClient, question: Question, leave_after: int |
                     question.said += text
                     number += 1
                     question.outcome = question.outcome if question.outcome == "error" else end or question.outcome
+                    question.error = question.error or (data if end == "error" else "")
                     if number == leave_after and question.outcome == "silent":
                         question.outcome = "left"
                         return
     except TimeoutError:
         question.outcome = "hung"
-    except (httpx2.TransportError, ValueError):
-        question.outcome = "broken"
+    except (httpx2.TransportError, ValueError) as error:
+        question.outcome, question.error = "broken", repr(error)
+    finally:
+        question.whole_s = time.monotonic() - began_s
 
 
 async def events(response: httpx2.Response) -> AsyncIterator[str]:
