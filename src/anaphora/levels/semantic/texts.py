@@ -5,32 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import lru_cache
-from itertools import zip_longest
 from typing import Final, Literal
 
 import msgspec
 
-from anaphora.levels.semantic.lexicon import FOREIGN, LANGUAGES, Language, Lexicon, lexicon
+from anaphora.levels.semantic.facts import Facts, facts_of
+from anaphora.levels.semantic.lexicon import FOLDED, FOREIGN, LANGUAGES, MEANINGFUL, Language, lexicon
+from anaphora.levels.semantic.tokens import Token, tokenised
 
 LONGEST: Final = 2_000
 """Characters of a text that is taken apart. What is longer is a document more than a question."""
-
-
-class Token(msgspec.Struct, frozen=True, gc=False):
-    """A word, a number or a piece of code. Marks are not kept, but for what they say of the words between them."""
-
-    text: str
-    """As written."""
-    low: str
-    """In lower case, contractions taken apart."""
-    stem: str
-    kind: Literal["word", "number", "code"]
-    content: bool
-    """A word with a meaning of its own."""
-    opens: bool
-    """The first of a sentence, where a capital letter says nothing."""
-    after: str
-    """The marks between this and the next token, without spaces."""
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -44,6 +28,8 @@ class Prepared(msgspec.Struct, frozen=True):
     """In their order; none for a text that is too long."""
     content: tuple[str, ...]
     """Stems of the tokens with content, in their order."""
+    facts: Facts
+    """What guards compare."""
 
 
 @lru_cache(maxsize=8192)
@@ -51,15 +37,17 @@ def prepare(text: str) -> Prepared:
     """About 0.1 ms for a question."""
     normal = normal_form(text)
     if len(text) > LONGEST:
-        return Prepared(text=text, language="", normal=normal, tokens=(), content=())
+        return Prepared(text=text, language="", normal=normal, tokens=(), content=(), facts=Facts())
     language = language_of(text)
-    tokens = _tokens(_plain(text), lexicon(language or "en"))
+    words = lexicon(language or "en")
+    tokens = tokenised(_plain(text), words)
     return Prepared(
         text=text,
         language=language,
         normal=normal,
         tokens=tokens,
         content=tuple(token.stem for token in tokens if token.content),
+        facts=facts_of(tokens, words),
     )
 
 
@@ -164,10 +152,6 @@ def _may_fold(written: str, low: str, *, first: bool, shouted: bool, beside: str
     return written[1:].islower() or written[1:].replace("'", "").replace("-", "").islower()
 
 
-FOLDED: Final = frozenset().union(*(lexicon(language).cases.folded for language in LANGUAGES))
-MEANINGFUL: Final = frozenset().union(*(lexicon(language).cases.meaningful for language in LANGUAGES))
-
-
 # Language --------------------------------------------------------------------------------------------------------------
 
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -199,75 +183,3 @@ def language_of(text: str) -> Language | Literal[""]:
 
 _ENGLISH = lexicon("en").function | lexicon("en").contractions.keys()
 _SPANISH = lexicon("es").function
-
-
-# Tokens ----------------------------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(
-    r"""
-    (?P<short>(?<![\w.])(?:[^\W\d_]\.){2,}(?:[^\W\d_](?!\w))? | [ap]\.m\b)
-    |(?P<code>```.*?```|`[^`\n]+`
-        |(?:https?|ftp)://[^\s<>"]*[^\s<>".,;:!?)\]'] | www\.[^\s<>"]*[^\s<>".,;:!?)\]']
-        |[\w.+-]+@[\w-]+(?:\.[\w-]+)+
-        |(?<![\w-])--?[A-Za-z][\w-]*(?==|\s|$|[,.;?!])
-        |(?<![\w/])\w[\w.-]*(?:/[\w.-]+)*/[\w-]+\.[A-Za-z]\w*
-        |(?<!\w)(?:~|\.{1,2})?(?:/[\w.-]*[\w-])+/?(?!\w) | [A-Za-z]:\\[^\s]+
-        |[^\W\d]\w*\([^()\s]*\)
-        |[^\W\d_]*\w*[^\W_]_\w+ | __\w+__
-        |[a-z]+[A-Z]\w*(?:\.\w+)* | [^\W\d_]\w*(?:\.[a-zA-Z_]\w*){1,}
-        |\.[A-Za-z]\w*
-        |[A-Za-z][+#]{1,2}(?!\w) | [A-Za-z]{1,10}(?:\+\+|\#)(?!\w))
-    |(?P<number>[+-]?(?<![\w])[$€£¥₽]?\d+(?:[.,:/ \u202f-]?\d+)*
-        (?:\s?[%°$€£¥₽]|(?:st|nd|rd|th|º|ª|-?(?:й|я|е|го|му|ая|ое|ый|ой))\b)?)
-    |(?P<word>[^\W_]+(?:['-][^\W_]+)*)
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def _tokens(text: str, words: Lexicon) -> tuple[Token, ...]:
-    found = list(_TOKEN.finditer(text))
-    tokens: list[Token] = []
-    opens = True
-    for match, following in zip_longest(found, found[1:]):
-        between = text[match.end() : following.start() if following else len(text)]
-        after = "".join(between.split())
-        written, kind = match.group(), match.lastgroup or "word"
-        if kind == "short" or (kind == "code" and written.lower() in FOLDED):
-            kind, written = "word", written.replace(".", "")
-        if kind == "word":
-            tokens += _word(written, opens, after, words)
-        elif kind == "number":
-            tokens.append(Token(written, written.lower(), written.lower(), "number", True, opens, after))
-        else:
-            tokens.append(Token(written, written, written, "code", True, opens, after))
-        opens = "\n" in between or any(mark in ".?!:" for mark in after)
-    return tuple(tokens)
-
-
-def _word(written: str, opens: bool, after: str, words: Lexicon) -> list[Token]:
-    parts = _parts(written.lower(), words)
-    tokens = [
-        Token(written if place == 0 else part, part, stem, "word", content, opens and place == 0, "")
-        for place, (part, stem, content) in enumerate(parts)
-    ]
-    tokens[-1] = msgspec.structs.replace(tokens[-1], after=after)
-    return tokens
-
-
-@lru_cache(maxsize=16384)
-def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool], ...]:
-    words = lexicon(language)
-    if (long := words.contractions.get(low)) is not None:
-        parts = long
-    elif low.endswith("n't"):
-        parts = (low[:-3], "not")
-    else:
-        head, mark, tail = low.rpartition("'")
-        short = {"re": "are", "ve": "have", "ll": "will", "d": "would", "m": "am"}.get(tail) if mark else None
-        parts = (head, short) if short else (low.removesuffix("'s"),)
-    return tuple((part, words.stem(part), part not in words.function) for part in parts)
-
-
-def _parts(low: str, words: Lexicon) -> tuple[tuple[str, str, bool], ...]:
-    return _parts_of(low, words.language)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from anaphora.levels.semantic.lexicon.stems import Endings, stem_of
 
 Language = Literal["en", "es", "ru"]
-LANGUAGES: tuple[Language, ...] = ("en", "es", "ru")
+LANGUAGES: Final[tuple[Language, ...]] = ("en", "es", "ru")
+FOLDER = Path(__file__).parent
+
+Mark = tuple[str, str]
+"""A group of words and the one of its values that a word stands for: ("date", "monday")."""
 
 
-class Cases(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Cases(msgspec.Struct, frozen=True):
     """Where the case of letters carries meaning."""
 
     meaningful: frozenset[str]
@@ -24,8 +29,17 @@ class Cases(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of letters that mean the same in any case: API, iPhone. In lower case."""
 
 
+class Phrase(msgspec.Struct, frozen=True):
+    """Words that have a mark together, and none of their own."""
+
+    words: tuple[str, ...]
+    marks: tuple[Mark, ...]
+    apart: bool
+    """Others may stand before the last one: turn it off."""
+
+
 class Lexicon(msgspec.Struct, frozen=True):
-    """What is known of one language. Groups of words are by the name of their group."""
+    """What is known of one language."""
 
     language: Language
     function: frozenset[str]
@@ -36,45 +50,162 @@ class Lexicon(msgspec.Struct, frozen=True):
     irregular: dict[str, str]
     cases: Cases
     endings: Endings
+    words: dict[str, tuple[Mark, ...]]
+    stems: dict[str, tuple[Mark, ...]]
+    starts: dict[str, tuple[Mark, ...]]
+    phrases: dict[str, tuple[Phrase, ...]]
+    """By the first word, the longest first."""
+    prefixes: frozenset[tuple[str, str]]
+    """Pairs that turn a word around, without what they have in common at their ends: (im, ex) for import and export."""
+    soft: frozenset[str]
+    """Number words that often are none: one, second."""
+    doubtful: frozenset[str]
+    """Count as what they are marked only with a capital letter or beside a number: may, march, US."""
+    attached: frozenset[str]
+    """Count as what they are marked only after a number: am, m."""
+    prepositions: frozenset[str]
+    """What gives the words after it their role."""
+    passive: frozenset[str]
+    """With one of these the words after `agent` are who does it."""
+    agent: str
 
     def stem(self, word: str) -> str:
         """What the forms of a word in lower case have in common."""
         return self.irregular.get(word) or stem_of(word, self.endings)
 
+    def marks(self, word: str) -> tuple[Mark, ...]:
+        """Of a single word in lower case."""
+        if (found := self.words.get(word)) is not None:
+            return found
+        if len(word) > 3 and (found := self.stems.get(self.stem(word))) is not None:
+            return found
+        for length in range(len(word), 2, -1):
+            if (found := self.starts.get(word[:length])) is not None:
+                return found
+        return ()
 
-class _File(msgspec.Struct, frozen=True, kw_only=True):
-    """How a lexicon is written: lists as text, words apart by spaces."""
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a lexicon is written. Plain lists have their words apart by spaces; where phrases may stand, by commas.
+
+    An entry stands for all forms of its word, `=word` for this form alone, `word*` for all words that start so, `a ~ b` for
+    both with others between them.
+    """
 
     function: str
     asking: str
-    contractions: dict[str, str] = {}
-    irregular: dict[str, str] = {}
     meaningful: str
     folded: str
     endings: str
     shortest: int
+    soft: str
+    doubtful: str
+    attached: str
+    prepositions: str
+    passive: str
+    agent: str
+    prefixes: list[tuple[str, str]]
+    contractions: dict[str, str]
+    irregular: dict[str, str]
+    opposites: list[str]
+    """`a, b | c, d`."""
+    kinds: dict[str, str]
+    """Things of one kind, of which a question means one; `a/b` are one."""
+    marks: dict[str, dict[str, str]]
 
 
 @cache
 def lexicon(language: Language) -> Lexicon:
     """Raises OSError or ValueError where the data of the package is damaged."""
-    text = (Path(__file__).parent / f"{language}.toml").read_text(encoding="utf-8")
-    file = msgspec.convert(tomllib.loads(text), _File)
+    file = msgspec.convert(tomllib.loads((FOLDER / f"{language}.toml").read_text(encoding="utf-8")), _File)
+    endings = Endings(tuple(sorted(file.endings.split(), key=len, reverse=True)), file.shortest)
+    words: dict[str, tuple[Mark, ...]] = {}
+    stems: dict[str, tuple[Mark, ...]] = {}
+    starts: dict[str, tuple[Mark, ...]] = {}
+    phrases: dict[str, tuple[Phrase, ...]] = {}
+    irregular = {form: base for base, forms in file.irregular.items() for form in [base, *forms.split()]}
+
+    def add(table: dict[str, tuple[Mark, ...]], entry: str, mark: Mark) -> None:
+        if mark not in (known := table.get(entry, ())):
+            table[entry] = (*known, mark)
+
+    for entry, mark in _entries(file):
+        if " " in entry:
+            parts = tuple(part for part in entry.split() if part != "~")
+            phrase = Phrase(parts, (mark,), "~" in entry)
+            phrases[parts[0]] = tuple(sorted((*phrases.get(parts[0], ()), phrase), key=lambda other: -len(other.words)))
+        elif entry.endswith("*"):
+            add(starts, entry[:-1], mark)
+        elif entry.startswith("="):
+            add(words, entry[1:], mark)
+        else:
+            add(words, entry, mark)
+            add(stems, irregular.get(entry) or stem_of(entry, endings), mark)
     return Lexicon(
         language=language,
         function=frozenset(file.function.split()),
         asking=frozenset(file.asking.split()),
         contractions={short: tuple(long.split()) for short, long in file.contractions.items()},
-        irregular={form: base for base, forms in file.irregular.items() for form in forms.split()},
+        irregular=irregular,
         cases=Cases(frozenset(file.meaningful.split()), frozenset(file.folded.split())),
-        endings=Endings(tuple(sorted(file.endings.split(), key=len, reverse=True)), file.shortest),
+        endings=endings,
+        words=words,
+        stems=stems,
+        starts=starts,
+        phrases=phrases,
+        prefixes=frozenset(_shortest(*pair) for pair in file.prefixes),
+        soft=frozenset(file.soft.split()),
+        doubtful=frozenset(file.doubtful.split()),
+        attached=frozenset(file.attached.split()),
+        prepositions=frozenset(file.prepositions.split()),
+        passive=frozenset(file.passive.split()),
+        agent=file.agent,
     )
 
 
+def _entries(file: _File) -> Iterator[tuple[str, Mark]]:
+    for group, values in file.marks.items():
+        for value, entries in values.items():
+            yield from ((entry, (group, value)) for entry in _split(entries, ","))
+    for number, pair in enumerate(file.opposites):
+        for sign, side in zip("+-", pair.split("|"), strict=True):
+            yield from ((entry, ("opposite", f"{sign}{number}")) for entry in _split(side, ","))
+    for kind, things in file.kinds.items():
+        for thing in _split(things, ","):
+            names = _split(thing, "/")
+            yield from ((name, ("kind", f"{kind}:{names[0]}")) for name in names)
+
+
+def _split(text: str, mark: str) -> list[str]:
+    return [" ".join(entry.split()) for entry in text.split(mark) if entry.strip()]
+
+
+def _shortest(one: str, other: str) -> tuple[str, str]:
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return (one, other) if one < other else (other, one)
+
+
+class Unit(msgspec.Struct, frozen=True):
+    dimension: str
+    factor: float
+    """How many of the dimension's base."""
+
+
+@cache
+def units() -> dict[str, Unit]:
+    """By the name that lexicons use."""
+    tables = tomllib.loads((FOLDER / "units.toml").read_text(encoding="utf-8"))
+    return {name: Unit(dimension, factor) for dimension, table in tables.items() for name, factor in table.items()}
+
+
 def _foreign() -> frozenset[str]:
-    text = (Path(__file__).parent / "foreign.toml").read_text(encoding="utf-8")
-    return frozenset(word for words in tomllib.loads(text).values() for word in words.split())
+    tables = tomllib.loads((FOLDER / "foreign.toml").read_text(encoding="utf-8"))
+    return frozenset(word for words in tables.values() for word in words.split())
 
 
-FOREIGN = _foreign()
+FOREIGN: Final = _foreign()
 """Small words of languages that have no lexicon."""
+FOLDED: Final = frozenset().union(*(lexicon(language).cases.folded for language in LANGUAGES))
+MEANINGFUL: Final = frozenset().union(*(lexicon(language).cases.meaningful for language in LANGUAGES))
+"""Both of all languages: names travel."""

@@ -1,0 +1,165 @@
+"""What a text says that vectors do not see: its numbers, names, negations, marked words, and who does what. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from anaphora.levels.semantic.lexicon import FOLDED, Lexicon, Mark
+from anaphora.levels.semantic.numbers import Number, numbers_of
+from anaphora.levels.semantic.tokens import Token
+
+
+class Facts(msgspec.Struct, frozen=True):
+    marks: Mapping[str, tuple[str, ...]] = {}
+    """Values of marked words and phrases by their group, each as often as it comes."""
+    turning: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Words that have opposites, as written in the lexicon or by stem, with the pairs they belong to."""
+    words: tuple[str, ...] = ()
+    """Stems of single words that carry content."""
+    numbers: tuple[Number, ...] = ()
+    names: frozenset[str] = frozenset()
+    """What is written with a capital where words are not, and what has letters and digits. By stem."""
+    known: frozenset[str] = frozenset()
+    """All words in lower case, and all stems."""
+    codes: tuple[str, ...] = ()
+    """Pieces of code, addresses, names of files; sorted."""
+    owners: frozenset[str] = frozenset()
+    """Whose: John's."""
+    roles: Mapping[str, str] = {}
+    """Of words that come once: the preposition they stand after, or nothing."""
+    order: tuple[str, ...] = ()
+    """Words without a preposition, in their order."""
+    agents: frozenset[str] = frozenset()
+    """Who does it, where the sentence is passive."""
+    question: str = ""
+    """The question word that opens it: who, when, many."""
+
+
+def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
+    found = list(_marked(tokens, words))
+    marks: dict[str, tuple[str, ...]] = {}
+    turning = []
+    for place, key, own in found:
+        opposites = []
+        for group, value in own:
+            if group == "modality" and place > 3:
+                continue  # not what is asked
+            if group == "opposite":
+                opposites.append(value)
+            else:
+                marks[group] = (*marks.get(group, ()), value)
+        if opposites:
+            turning.append((key, tuple(opposites)))
+    roles, order, agents = _roles(tokens, words)
+    return Facts(
+        marks=marks,
+        turning=tuple(turning),
+        words=tuple(token.stem for token in tokens if token.content and token.kind == "word"),
+        numbers=numbers_of(tokens, words),
+        names=_names(tokens, words),
+        known=frozenset(part for token in tokens for part in (token.low, token.stem)),
+        codes=tuple(sorted(token.text for token in tokens if token.kind == "code")),
+        owners=frozenset(token.stem for token in tokens if token.text[:1].isupper() and token.text.endswith("'s")),
+        roles=roles,
+        order=order,
+        agents=agents,
+        question=_question(tokens, found),
+    )
+
+
+_Found = tuple[int, str, tuple[Mark, ...]]
+
+
+def _marked(tokens: Sequence[Token], words: Lexicon) -> Iterator[_Found]:
+    """Place, key and marks of each marked word; the words of a phrase have none of their own."""
+    taken: set[int] = set()
+    for place, token in enumerate(tokens):
+        if place in taken:
+            continue
+        phrases = (*words.phrases.get(token.low, ()), *(words.phrases.get(token.stem, ()) if token.stem != token.low else ()))
+        for phrase in phrases:
+            if places := _phrase_at(tokens, place, phrase.words, apart=phrase.apart):
+                taken.update(places)
+                same = [other.marks for other in phrases if other.words == phrase.words and other.apart == phrase.apart]
+                yield place, " ".join(phrase.words), tuple(mark for marks in same for mark in marks)
+                break
+        else:
+            if token.kind != "number" and (marks := words.marks(token.low)) and _counts(tokens, place, words):
+                yield place, token.stem, marks
+
+
+def _phrase_at(tokens: Sequence[Token], start: int, words: tuple[str, ...], *, apart: bool) -> list[int]:
+    """Where its words are; none if it does not stand here."""
+    places = [start]
+    for number, word in enumerate(words[1:], 1):
+        reach = 5 if apart and number == len(words) - 1 else 1
+        for place in range(places[-1] + 1, min(places[-1] + 1 + reach, len(tokens))):
+            if word in (tokens[place].low, tokens[place].stem):
+                places.append(place)
+                break
+            if tokens[place].after:
+                return []
+        else:
+            return []
+    return places
+
+
+def _counts(tokens: Sequence[Token], place: int, words: Lexicon) -> bool:
+    token = tokens[place]
+    after_number = place > 0 and tokens[place - 1].kind == "number"
+    if token.low in words.attached:
+        return after_number
+    if token.low in words.doubtful:
+        before_number = place + 1 < len(tokens) and tokens[place + 1].kind == "number"
+        return after_number or before_number or (token.text[:1].isupper() and not token.opens)
+    return True
+
+
+def _names(tokens: Sequence[Token], words: Lexicon) -> frozenset[str]:
+    inner = [token for token in tokens if token.kind == "word" and token.content and not token.opens]
+    titled = len(inner) > 4 and sum(token.text[:1].isupper() for token in inner) > 0.7 * len(inner)
+    names = set()
+    for token in tokens:
+        if token.kind != "word":
+            continue
+        mixed = any(map(str.isdigit, token.low))
+        short = len(token.text) > 1 and token.text.isupper() and not titled
+        capital = token.text[:1].isupper() and not token.opens and not titled and token.content
+        marked = any(group in ("name", "date", "language", "unit", "format") for group, _ in words.marks(token.low))
+        if (mixed or short or capital) and token.low not in FOLDED and not marked:
+            names.add(token.stem)
+    return frozenset(names)
+
+
+def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], tuple[str, ...], frozenset[str]]:
+    roles: dict[str, str] = {}
+    order, twice = [], set()
+    role = ""
+    for token in tokens:
+        if token.low in words.prepositions:
+            role = token.low
+        elif token.content:
+            if token.stem in roles:
+                twice.add(token.stem)
+            roles[token.stem] = role
+            if not role:
+                order.append(token.stem)
+        if token.after:
+            role = ""
+    for stem in twice:
+        del roles[stem]
+    agents: frozenset[str] = frozenset()
+    if any(token.low in words.passive for token in tokens):
+        agents = frozenset(stem for stem, role in roles.items() if role == words.agent)
+    return roles, tuple(stem for stem in order if stem in roles), agents
+
+
+def _question(tokens: Sequence[Token], found: Sequence[_Found]) -> str:
+    for place, _, marks in found:
+        for group, value in marks:
+            before = tokens[place - 1] if place else None
+            if group == "question" and (before is None or tokens[place].opens or (place == 1 and not before.content)):
+                return value
+    return ""

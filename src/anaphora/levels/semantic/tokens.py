@@ -1,0 +1,98 @@
+"""A text as words, numbers and pieces of code. Pure."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from itertools import zip_longest
+from typing import Literal
+
+import msgspec
+
+from anaphora.levels.semantic.lexicon import FOLDED, Language, Lexicon, lexicon
+
+class Token(msgspec.Struct, frozen=True, gc=False):
+    """A word, a number or a piece of code. Marks are not kept, but for what they say of the words between them."""
+
+    text: str
+    """As written."""
+    low: str
+    """In lower case, contractions taken apart."""
+    stem: str
+    kind: Literal["word", "number", "code"]
+    content: bool
+    """A word with a meaning of its own."""
+    opens: bool
+    """The first of a sentence, where a capital letter says nothing."""
+    after: str
+    """The marks between this and the next token, without spaces."""
+
+
+_TOKEN = re.compile(
+    r"""
+    (?P<short>(?<![\w.])(?:[^\W\d_]\.){2,}(?:[^\W\d_](?!\w))? | [ap]\.m\b)
+    |(?P<code>```.*?```|`[^`\n]+`
+        |(?:https?|ftp)://[^\s<>"]*[^\s<>".,;:!?)\]'] | www\.[^\s<>"]*[^\s<>".,;:!?)\]']
+        |[\w.+-]+@[\w-]+(?:\.[\w-]+)+
+        |(?<![\w-])--?[A-Za-z][\w-]*(?==|\s|$|[,.;?!])
+        |(?<![\w/])\w[\w.-]*(?:/[\w.-]+)*/[\w-]+\.[A-Za-z]\w*
+        |(?<!\w)(?:~|\.{1,2})?(?:/[\w.-]*[\w-])+/?(?!\w) | [A-Za-z]:\\[^\s]+
+        |[^\W\d]\w*\([^()\s]*\)
+        |[^\W\d_]*\w*[^\W_]_\w+ | __\w+__
+        |[a-z]+[A-Z]\w*(?:\.\w+)* | [^\W\d_]\w*(?:\.[a-zA-Z_]\w*){1,}
+        |\.[A-Za-z]\w*
+        |[A-Za-z][+#]{1,2}(?!\w) | [A-Za-z]{1,10}(?:\+\+|\#)(?!\w))
+    |(?P<number>[+-]?(?<![\w])[$€£¥₽]?\d+(?:[ \u202f]\d{3}(?!\d)|[.,:/-]\d+)*
+        (?:\s?[%°$€£¥₽]|(?:st|nd|rd|th|º|ª|-?(?:й|я|е|го|му|ая|ое|ый|ой))\b)?)
+    |(?P<word>[^\W_]+(?:['-][^\W_]+)*)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def tokenised(text: str, words: Lexicon) -> tuple[Token, ...]:
+    found = list(_TOKEN.finditer(text))
+    tokens: list[Token] = []
+    opens = True
+    for match, following in zip_longest(found, found[1:]):
+        between = text[match.end() : following.start() if following else len(text)]
+        after = "".join(between.split())
+        written, kind = match.group(), match.lastgroup or "word"
+        if kind == "short" or (kind == "code" and written.lower() in FOLDED):
+            kind, written = "word", written.replace(".", "")
+        if kind == "word":
+            tokens += _word(written, opens, after, words)
+        elif kind == "number":
+            tokens.append(Token(written, written.lower(), written.lower(), "number", True, opens, after))
+        else:
+            tokens.append(Token(written, written, written, "code", True, opens, after))
+        opens = "\n" in between or any(mark in ".?!:" for mark in after)
+    return tuple(tokens)
+
+
+def _word(written: str, opens: bool, after: str, words: Lexicon) -> list[Token]:
+    parts = _parts(written.lower(), words)
+    tokens = [
+        Token(written if place == 0 else part, part, stem, "word", content, opens and place == 0, "")
+        for place, (part, stem, content) in enumerate(parts)
+    ]
+    tokens[-1] = msgspec.structs.replace(tokens[-1], after=after)
+    return tokens
+
+
+@lru_cache(maxsize=16384)
+def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool], ...]:
+    words = lexicon(language)
+    if (long := words.contractions.get(low)) is not None:
+        parts = long
+    elif low.endswith("n't"):
+        parts = (low[:-3], "not")
+    else:
+        head, mark, tail = low.rpartition("'")
+        short = {"re": "are", "ve": "have", "ll": "will", "d": "would", "m": "am"}.get(tail) if mark else None
+        parts = (head, short) if short else (low.removesuffix("'s"),)
+    return tuple((part, words.stem(part), part not in words.function) for part in parts)
+
+
+def _parts(low: str, words: Lexicon) -> tuple[tuple[str, str, bool], ...]:
+    return _parts_of(low, words.language)
