@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -207,15 +207,13 @@ class Vectors:
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path, note: bytes = b"", *, may_replace: Callable[[], bool] = lambda: True) -> bool:
+    def save(self, path: Path) -> None:
         """Into `path`, at once or not at all; nothing that was removed is in it. Vectors are not put into graphs meanwhile.
-
-        `note` is given back by `load`. `may_replace` is asked at the end, and False what it said. Raises OSError.
-        """
+        Raises OSError."""
         with self._merging:
             with self._changes:
                 spaces = list(self._spaces.items())
-            return write(path, self.dimensions, (self._saved(*pair) for pair in spaces), note, may_replace)
+            write(path, self.dimensions, (self._saved(*pair) for pair in spaces))
 
     def _saved(self, name: bytes, space: _Space) -> Saved:
         if space.graph is not None:
@@ -230,16 +228,16 @@ class Vectors:
             return Saved(name, *space.rows.live(), space.graph)
 
     @classmethod
-    def load(cls, path: Path, dimensions: int, *, small: int = SMALL) -> tuple[Vectors, bytes]:
-        """What was saved, and its note. Raises VectorsDamaged; OSError where there is no file to be read."""
-        note, spaces = read(path, dimensions)
+    def load(cls, path: Path, dimensions: int, *, small: int = SMALL) -> Vectors:
+        """What was saved. Raises VectorsDamaged; OSError where there is no file to be read."""
         vectors = cls(dimensions, small=small)
+        spaces = read(path, dimensions)
         with vectors._changes:
             for saved in spaces:
                 space = vectors._spaces[saved.space] = _Space(dimensions, saved.graph)
                 space.rows.extend(saved.ids, saved.codes)
                 vectors._heed(saved.space, space)
-        return vectors, note
+        return vectors
 
 
 class _Space:

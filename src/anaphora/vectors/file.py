@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -54,20 +54,14 @@ class _Placed(msgspec.Struct, array_like=True):
     graph_bytes: int
 
 
-class _Table(msgspec.Struct, array_like=True):
-    note: bytes
-    spaces: list[_Placed]
-
-
-def write(path: Path, dimensions: int, spaces: Iterable[Saved], note: bytes, may_replace: Callable[[], bool]) -> bool:
-    """Atomic: whoever reads finds the file of before, or this one. False: at the end it might not be replaced any more. Raises
-    OSError."""
+def write(path: Path, dimensions: int, spaces: Iterable[Saved]) -> None:
+    """Atomic: whoever reads finds the file of before, or this one. Raises OSError."""
     with _workplace(path) as workplace:
         whole, part = workplace / "whole", workplace / "part"
         with whole.open("wb") as file:
             output = _Summed(file)
             output.write(_HEAD.pack(_MAGIC, FORMAT, dimensions))
-            table = _Table(note, [])
+            table: list[_Placed] = []
             for saved in spaces:
                 output.write(np.ascontiguousarray(saved.ids, "<i8").tobytes())
                 output.write(np.ascontiguousarray(saved.codes).tobytes())
@@ -77,21 +71,18 @@ def write(path: Path, dimensions: int, spaces: Iterable[Saved], note: bytes, may
                         while chunk := graph.read(_CHUNK):
                             output.write(chunk)
                 size = part.stat().st_size if saved.graph is not None else 0
-                table.spaces.append(_Placed(saved.space, len(saved.ids), size))
+                table.append(_Placed(saved.space, len(saved.ids), size))
             encoded = msgspec.msgpack.encode(table)
             output.write(encoded)
             output.write(_LENGTH.pack(len(encoded)))
             file.write(output.digest())
             file.flush()
             os.fsync(file.fileno())
-        if not may_replace():
-            return False
         os.replace(whole, path)
-    return True
 
 
-def read(path: Path, dimensions: int) -> tuple[bytes, list[Saved]]:
-    """(note, spaces). Raises VectorsDamaged; OSError where the file cannot be read."""
+def read(path: Path, dimensions: int) -> list[Saved]:
+    """Raises VectorsDamaged; OSError where the file cannot be read."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < _HEAD.size + _LENGTH.size + _DIGEST:
@@ -104,13 +95,14 @@ def read(path: Path, dimensions: int) -> tuple[bytes, list[Saved]]:
 
 
 def remove(path: Path) -> None:
-    """And what an interrupted `write` left. Raises OSError."""
-    path.unlink(missing_ok=True)
-    for left in path.parent.glob(f".{path.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """A file of vectors, or what an interrupted `write` left, which is a folder. Raises OSError."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _parse(content: memoryview, dimensions: int) -> tuple[bytes, list[Saved]]:
+def _parse(content: memoryview, dimensions: int) -> list[Saved]:
     magic, version, found = _HEAD.unpack_from(content)
     if magic != _MAGIC:
         raise ValueError("it holds no vectors")
@@ -122,9 +114,9 @@ def _parse(content: memoryview, dimensions: int) -> tuple[bytes, list[Saved]]:
     if blake2b(content[:end], digest_size=_DIGEST).digest() != content[end:]:
         raise ValueError("its checksum does not match")
     (length,) = _LENGTH.unpack_from(content, end - _LENGTH.size)
-    table = msgspec.msgpack.decode(content[end - _LENGTH.size - length : end - _LENGTH.size], type=_Table)
+    table = msgspec.msgpack.decode(content[end - _LENGTH.size - length : end - _LENGTH.size], type=list[_Placed])
     spaces, place = [], _HEAD.size
-    for placed in table.spaces:
+    for placed in table:
         codes_at = place + 8 * placed.num_rows
         graph_at = codes_at + dimensions * placed.num_rows
         ids = np.frombuffer(content[place:codes_at], "<i8").astype(np.int64)
@@ -132,7 +124,7 @@ def _parse(content: memoryview, dimensions: int) -> tuple[bytes, list[Saved]]:
         place = graph_at + placed.graph_bytes
         graph = Graph.restored(dimensions, content[graph_at:place]) if placed.graph_bytes else None
         spaces.append(Saved(placed.space, ids, codes, graph))
-    return table.note, spaces
+    return spaces
 
 
 @contextmanager
