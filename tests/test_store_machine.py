@@ -15,6 +15,7 @@ The machines are only worth what they catch, so they are run on broken stores to
 | closing_does_not_flush | what was put is there after a restart |
 | forgetting_ignores_tags | forget takes what matches and nothing else |
 | disk_makes_no_room | used bytes never pass the capacity |
+| disk_leaves_no_traces | what another process put is found |
 | disk_leaves_files | no byte lies in the medium that the index does not know |
 | disk_expires_the_wrong_half | an entry that lives is there |
 | disk_ignores_the_key | an entry is found under its own key only |
@@ -243,6 +244,25 @@ class StoreMachine(RuleBasedStateMachine):
 
         self.run(elsewhere())
         self.erased(scope)
+
+    @rule(name=NAMES)
+    def put_in_another_process(self, name: str) -> None:
+        """Of what this one has just seen not to be there: of anything else it may have an older copy."""
+        key, (tenant, tags) = make_key(name), OWNERS[name]
+        if self.expected(key) is not None:
+            return
+        entry = Entry(b"from elsewhere", self.clock.now_s(), None, 0.0, tenant, "m", tags)
+
+        async def elsewhere() -> None:
+            await self.store.flush()
+            assert await self.store.get(key) is None
+            neighbour = self.open_tier()
+            if await neighbour.put_many({key: entry}):
+                self.replaced(key, entry)
+            await neighbour.aclose()
+
+        self.run(elsewhere())
+        self.get(name)
 
     async def hear(self) -> None:
         """Wait until what others have erased is known here."""
@@ -518,6 +538,10 @@ def disk_makes_no_room(patch: Patch) -> None:
     patch.setattr(index.DiskIndex, "_make_room", lambda self, db, size: [])
 
 
+def disk_leaves_no_traces(patch: Patch) -> None:
+    patch.setattr(index.SharedTraces, "add", lambda self, key: None)
+
+
 def disk_leaves_files(patch: Patch) -> None:
     patch.setattr(index.DiskIndex, "_unlink", lambda self, name: None)
 
@@ -638,6 +662,7 @@ MUTANTS: list[Callable[[Patch], None]] = [
     closing_does_not_flush,
     forgetting_ignores_tags,
     disk_makes_no_room,
+    disk_leaves_no_traces,
     disk_leaves_files,
     disk_expires_the_wrong_half,
     disk_ignores_the_key,

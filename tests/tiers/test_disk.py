@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import random
@@ -8,7 +9,8 @@ import secrets
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Coroutine, Iterator
+import threading
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from anaphora.policies.gdsf import GDSF
 from anaphora.testing.tiers import make_entry, make_key
 from anaphora.tiers.base import ALL_KEPT_SHARE, ENTRY_OVERHEAD, Entry, Eviction
 from anaphora.tiers.disk import DiskOptions, DiskTier, index
+from anaphora.tiers.disk.traces import SharedTraces
 from anaphora.types import Key, Scope, Tenant
 
 MIB = 1 << 20
@@ -237,6 +240,134 @@ def test_a_folder_removed_under_a_running_process_is_made_again(tmp_path: Path) 
         await other.aclose()
 
     run(body())
+
+
+# -- what is known not to be there -------------------------------------------------------------------------------------
+
+
+def test_the_index_is_not_asked_for_what_was_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Key] = []
+    original = index.DiskIndex.get
+
+    def get(self: index.DiskIndex, keys: Collection[Key]) -> index.Found:
+        asked.extend(keys)
+        return original(self, keys)
+
+    monkeypatch.setattr(index.DiskIndex, "get", get)
+
+    async def body() -> None:
+        tier = open_tier(tmp_path, MIB)
+        await tier.put_many({make_key(number): make_entry() for number in range(3)})
+        found = await tier.get_many([make_key(number) for number in range(100)])
+        assert set(found) == set(asked) == {make_key(number) for number in range(3)}
+        asked.clear()
+        await tier.forget(Scope())
+        assert await tier.get_many([make_key(1)]) == {}
+        assert asked == []  # what is forgotten has left no trace
+        await tier.aclose()
+
+    run(body())
+
+
+def test_what_another_process_puts_is_found_though_it_was_just_not_there(tmp_path: Path) -> None:
+    async def body() -> None:
+        tier = open_tier(tmp_path, MIB)
+        with killed_in_the_end(neighbour.start(tmp_path, MIB, "serve")) as other:
+            for name in "abcde":
+                assert await tier.get_many([make_key(name)]) == {}
+                assert ask(other, f"put {name}") == "ok"
+                assert await tier.get_many([make_key(name)]) != {}
+                assert ask(other, f"get {name}{name}") == "-"
+                await tier.put_many({make_key(f"{name}{name}"): make_entry(7)})
+                assert ask(other, f"get {name}{name}") == "7"
+        await tier.aclose()
+
+    run(body())
+
+
+def wiped(traces: Path) -> None:
+    """As a power cut may leave them."""
+    traces.write_bytes(bytes(traces.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "harm", [wiped, Path.unlink, lambda traces: traces.write_bytes(b"short")], ids=["wiped", "gone", "cut"]
+)
+def test_traces_are_gathered_anew_on_opening(harm: Callable[[Path], object], tmp_path: Path) -> None:
+    async def body() -> None:
+        tier = open_tier(tmp_path, MIB)
+        await tier.put_many({make_key(1): make_entry()})
+        await tier.aclose()
+        harm(tmp_path / "traces")
+        again = open_tier(tmp_path, MIB)
+        assert make_key(1) in await again.get_many([make_key(1)])
+        await again.aclose()
+
+    run(body())
+
+
+def test_nobody_goes_by_traces_where_somebody_cannot_leave_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    async def body() -> None:
+        ours, theirs = open_tier(tmp_path, MIB), open_tier(tmp_path, MIB)
+        assert await ours.get_many([make_key(1)]) == {}
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "SharedTraces", full)
+            await theirs.put_many({make_key(1): make_entry()})
+        assert make_key(1) in await ours.get_many([make_key(1)])
+        await ours.put_many({make_key(2): make_entry()})  # gathers them again
+        assert len(await theirs.get_many([make_key(1), make_key(2)])) == 2
+        await ours.aclose()
+        await theirs.aclose()
+
+    run(body())
+
+
+def test_what_a_failed_write_would_have_replaced_is_still_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: index.DiskIndex, db: sqlite3.Connection, key: Key, entry: Entry) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    async def body() -> None:
+        tier = open_tier(tmp_path, MIB)
+        await tier.put_many({make_key(1): make_entry()})
+        with monkeypatch.context() as patch:
+            patch.setattr(index.DiskIndex, "_insert", fail)
+            patch.setattr(index, "_GATHER_AFTER", 0)
+            with pytest.raises(TierFailed):
+                await tier.put_many({make_key(1): make_entry(), make_key(2): make_entry()})
+        assert set(await tier.get_many([make_key(1), make_key(2)])) == {make_key(1)}
+        await tier.aclose()
+
+    run(body())
+
+
+def test_traces_of_what_stays_are_there_while_all_are_gathered(tmp_path: Path) -> None:
+    traces = SharedTraces(tmp_path / "traces")
+    stays, goes = [make_key(number) for number in range(1000)], [make_key(f"gone {number}") for number in range(1000)]
+    for key in stays + goes:
+        traces.add(key)
+    looking = SharedTraces(tmp_path / "traces")
+    done, missed, looks = threading.Event(), 0, 0
+
+    def look() -> None:
+        nonlocal missed, looks
+        while not done.is_set():
+            missed += sum(not looking.has(key) for key in stays)
+            looks += 1
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(20):
+            traces.gather(stays)
+    finally:
+        done.set()
+        thread.join()
+    assert looks
+    assert not missed
+    assert not any(map(looking.has, goes))
 
 
 # -- capacity and order ------------------------------------------------------------------------------------------------

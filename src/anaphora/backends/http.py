@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, Mapping
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from yarl import URL
@@ -85,9 +86,10 @@ class Reply:
 
 
 class Http:
-    """A client of one server. `start` it on the event loop that uses it."""
+    """A client of one `server`. `start` it on the event loop that uses it."""
 
-    def __init__(self, *, connect_s: float, ca_file: str = "", headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, server: str, *, connect_s: float, ca_file: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self._server = server
         self._connect_s = connect_s
         self._ca_file = ca_file
         self._headers = dict(headers or {})
@@ -110,7 +112,9 @@ class Http:
             headers=self._headers,
             skip_auto_headers=("content-type",),
             auto_decompress=False,
-            trust_env=True,
+            proxy=_proxy(
+                self._server
+            ),  # once: aiohttp itself would look for it, and into ~/.netrc, in a thread for each request
         )
 
     async def send(self, method: str, url: str, body: bytes, headers: Mapping[str, str]) -> Reply:
@@ -130,6 +134,14 @@ class Http:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+def _proxy(server: str) -> str | None:
+    """The proxy that the environment names for `server` (HTTPS_PROXY and its kin), unless NO_PROXY excepts it."""
+    url = URL(server)
+    if url.host is None or proxy_bypass(url.host if url.explicit_port is None else f"{url.host}:{url.explicit_port}"):
+        return None
+    return getproxies().get(url.scheme)
 
 
 def _words(error: Exception) -> str:

@@ -94,7 +94,7 @@ class Upstream:
         self._clock = clock or SystemClock()
         self._base = options.base_url.rstrip("/").removesuffix("/v1")
         headers = {"user-agent": f"anaphora/{__version__}", "accept": "*/*", "accept-encoding": "identity", **options.headers}
-        self._http = Http(connect_s=options.connect_s, ca_file=options.ca_file, headers=headers)
+        self._http = Http(self._base, connect_s=options.connect_s, ca_file=options.ca_file, headers=headers)
         self._slots = asyncio.Semaphore(options.max_concurrency) if options.max_concurrency else None
         self.num_running = 0
         self._finishing: set[asyncio.Task[None]] = set()

@@ -3,6 +3,7 @@
     FOLDER/index.db        entries, metadata, checksums, the order of leaving
     FOLDER/values/NAME     large values; every name is used once
     FOLDER/epoch           see `epoch`
+    FOLDER/traces          see `traces`
     FOLDER/lock            held while opening, and while a damaged index is replaced
     FOLDER/damaged-*.db    the last index that could not be read, kept for inspection until something is forgotten
 
@@ -16,6 +17,10 @@ processes that disagree follow the one that came last, and whoever only looks ch
 entries are ranked anew in one transaction, by their uses so far, which count under either. Capacity and shares are each
 process's own. A smaller capacity, or share of what is kept, takes effect on opening; a smaller share of what a tenant may
 fill, when that tenant's next entry comes.
+
+That a key is not there is known without asking the index, from `traces`. A process goes by them when it has gathered them
+itself, under the write lock; it leaves the trace of a key before it commits the key's row; and where it cannot, it removes the
+file, which tells all others to go by it no longer.
 
 Needs SQLite 3.35 (`RETURNING`).
 """
@@ -41,6 +46,7 @@ from anaphora.clock import Clock
 from anaphora.errors import TierFailed
 from anaphora.tiers.base import ALL_KEPT_SHARE, Entry, Eviction, Examined
 from anaphora.tiers.disk.epoch import SharedEpoch
+from anaphora.tiers.disk.traces import SharedTraces
 from anaphora.types import Key, Scope, Tenant
 
 log = logging.getLogger(__name__)
@@ -90,6 +96,8 @@ CREATE TRIGGER nothing_used AFTER UPDATE ON used_by_tenant WHEN NEW.bytes <= 0
 """Only in folders of which a process has limited the share of a tenant: others need not pay for it."""
 _COLUMNS = "id, key, file, stored_at, expires_at, cost, tenant, model, tags, checksum, value"
 _KEYS_PER_QUERY = 500
+_GATHER_AFTER = 1 << 18
+"""So many keys later traces are gathered anew: most of what they were left by may be gone."""
 
 T = TypeVar("T")
 
@@ -139,10 +147,20 @@ class DiskIndex:
         self._db: sqlite3.Connection | None = None
         self._inode = (0, 0)
         self._epoch: SharedEpoch | None = None
+        self._traces: SharedTraces | None = None
+        self._num_traces = 0
+        """Left by this process since it gathered them."""
         self._settled = False
         self._new_files: list[str] = []
 
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    def candidates(self, keys: Collection[Key]) -> Collection[Key]:
+        """`keys` without those that are certainly not there. Immediate, and may be called on any thread."""
+        traces = self._traces
+        if traces is None or traces.replaced():
+            return keys
+        return [key for key in keys if traces.has(key)]
 
     def get(self, keys: Collection[Key]) -> Found:
         return self._run(lambda db: self._get(db, list(keys)))
@@ -215,7 +233,11 @@ class DiskIndex:
 
     def forget(self, scope: Scope) -> int:
         where, values = _where(scope)
-        return self._erase(lambda db: len(self._delete(db, where, values)))
+        count = self._erase(lambda db: len(self._delete(db, where, values)))
+        if count:
+            with suppress(TierFailed):  # busy: the traces stay until the folder is opened the next time
+                self._run(self._gather_again)
+        return count
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -238,6 +260,7 @@ class DiskIndex:
             try:
                 with self._transaction(db):
                     evicted = self._sweep(db)
+                self._gather_again(db)
             except (sqlite3.OperationalError, OSError) as error:  # a full disk, say: reading is still possible
                 log.warning("%s cannot be cleared up: %s", self._folder, error)
                 return Written()
@@ -247,6 +270,7 @@ class DiskIndex:
 
     def close(self) -> None:
         self._settled = False
+        self._traces = None
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -404,6 +428,7 @@ class DiskIndex:
             # Asked under the write lock: whoever forgets changes the epoch under that lock too.
             if epoch is not None and (self._epoch is None or self._epoch.read() != epoch):
                 return Written()
+            self._leave_traces(db, entries)
             self._apply_touches(db, touched)
             self._end_times(db)
             stored: set[Key] = set()
@@ -419,6 +444,33 @@ class DiskIndex:
                     stored.add(key)
                     evicted += gone
         return Written.of(evicted, stored)
+
+    def _leave_traces(self, db: sqlite3.Connection, keys: Collection[Key]) -> None:
+        if self._traces is None or self._traces.replaced() or self._num_traces > _GATHER_AFTER:
+            self._gather(db)
+        if self._traces is not None:
+            for key in keys:
+                self._traces.add(key)
+            self._num_traces += len(keys)
+
+    def _gather_again(self, db: sqlite3.Connection) -> None:
+        with self._transaction(db):
+            self._gather(db)
+
+    def _gather(self, db: sqlite3.Connection) -> None:
+        """Traces of what is there, and of nothing else. First in a transaction: what that does may be taken back."""
+        path = self._folder / "traces"
+        traces = self._traces
+        self._traces, self._num_traces = None, 0
+        try:
+            if traces is None or traces.replaced():
+                traces = SharedTraces(path)
+        except OSError as error:
+            log.debug("%s cannot be used: %s", path, error)
+            path.unlink(missing_ok=True)
+            return
+        traces.gather(key for (key,) in db.execute("SELECT key FROM entries"))
+        self._traces = traces
 
     def _insert(self, db: sqlite3.Connection, key: Key, entry: Entry) -> None:
         tick = self._tick(db)

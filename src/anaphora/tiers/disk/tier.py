@@ -87,7 +87,11 @@ class DiskTier:
         return self._capacity
 
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
-        found = await self._read(lambda: self._reader.get(keys))
+        await self._open()
+        candidates = self._writer.candidates(keys)
+        if not candidates:
+            return {}  # no thread, no wait: so it is with nearly every question that is new
+        found = await self._read(lambda: self._reader.get(candidates))
         self.touch(found.entries)
         if found.damaged:
             await self._drop(found)
