@@ -309,45 +309,32 @@ class SemanticLevel:
         kept = await self._answers(msgspec.structs.replace(question, control=CacheControl()))
         if not isinstance(kept, Hit):
             return Refused(self.name, RefusedReason.NOT_COMPARABLE)
-        self._later(self._learn(looked, value, trial, tags, mark))
+        self._later(lambda: self._learn(looked, value, trial, tags, mark))
         return Stored(self.name, question.key, len(looked.place.text.encode()))
 
     async def _learn(self, looked: _Looked, value: Completion, trial: Trial | None, tags: tuple[str, ...], mark: Mark) -> None:
         """Behind the answer: remember the question, and see whether what might have been given was right."""
-        request, text = looked.question.request, looked.place.text
+        await self._remember(looked, looked.place, tags, mark)
+        if trial is None or mark != self.mark():
+            return
+        right = await self.audits.compare(trial, value)
+        # An answer that was computed twice, and was the same, is for all tenants, where they share.
+        if right and self._options.shared and (there := self._place(looked.question, shared=True)) is not None:
+            await self._remember(looked, there, tags, mark)
+
+    async def _remember(self, looked: _Looked, place: Asked, tags: tuple[str, ...], mark: Mark) -> None:
+        request = looked.question.request
         self._entries.add(
-            space=looked.place.space,
-            digest=digest_of(prepare(text)),
+            space=place.space,
+            digest=digest_of(prepare(place.text)),
             key=looked.question.key,
-            text=text,
+            text=place.text,
             vector=await self._vector(looked),
             tenant=request.tenant,
             model=request.model,
             tags=tags,
             since=mark,
         )
-        if trial is None or mark != self.mark():
-            return
-        right = await self.audits.compare(trial, value)
-        if right and self._options.shared and mark == self.mark():
-            await self._share(looked, trial)
-
-    async def _share(self, looked: _Looked, trial: Trial) -> None:
-        """An entry whose answer was computed a second time, and was the same, is for all tenants."""
-        entry = self._entries.get(trial.decision.entry_id)
-        there = self._place(looked.question, shared=True)
-        if entry is not None and there is not None:
-            vector = (await self._embed(entry.tenant, entry.model, (entry.text,)))[0]
-            self._entries.add(
-                space=there.space,
-                digest=entry.digest,
-                key=entry.key,
-                text=entry.text,
-                vector=vector,
-                tenant=entry.tenant,
-                model=entry.model,
-                tags=entry.tags,
-            )
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
@@ -393,6 +380,8 @@ class SemanticLevel:
         await self._entries.flush()
 
     async def aclose(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=EMBED_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -429,10 +418,10 @@ class SemanticLevel:
         said = (outcome, step, why, nearest, found.similarity, found.score)
         self._emit(Compared(request.tenant, looked.question.request_id, request.model, *said))
 
-    def _later(self, work: Awaitable[None]) -> None:
+    def _later(self, work: Callable[[], Awaitable[None]]) -> None:
         async def safely() -> None:
             try:
-                await work
+                await work()
             except Exception as error:  # what it would have found out is not known, no more
                 self._failed("learn", error)
 
