@@ -41,24 +41,23 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
     found = list(_marked(tokens, words))
     marks: dict[str, tuple[str, ...]] = {}
     turning = []
-    for place, key, own in found:
-        opposites = []
+    for places, key, own in found:
         for group, value in own:
-            if group == "modality" and place > 3:
+            if group == "modality" and places[0] > 3:
                 continue  # not what is asked
-            if group == "opposite":
-                opposites.append(value)
-            else:
+            if group != "opposite":
                 marks[group] = (*marks.get(group, ()), value)
-        if opposites:
-            turning.append((key, tuple(opposites)))
+        # Negations are counted, not compared.
+        opposites = tuple(value for group, value in own if group == "opposite")
+        if opposites and all(group != "negation" for group, _ in own):
+            turning.append((key, opposites))
     roles, order, agents = _roles(tokens, words)
     return Facts(
         marks=marks,
         turning=tuple(turning),
         words=tuple(token.stem for token in tokens if token.content and token.kind == "word"),
         numbers=numbers_of(tokens, words),
-        names=_names(tokens, words),
+        names=_names(tokens, words, found),
         known=frozenset(part for token in tokens for part in (token.low, token.stem)),
         codes=tuple(sorted(token.text for token in tokens if token.kind == "code")),
         owners=frozenset(token.stem for token in tokens if token.text[:1].isupper() and token.text.endswith("'s")),
@@ -69,11 +68,11 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
     )
 
 
-_Found = tuple[int, str, tuple[Mark, ...]]
+_Found = tuple[Sequence[int], str, tuple[Mark, ...]]
 
 
 def _marked(tokens: Sequence[Token], words: Lexicon) -> Iterator[_Found]:
-    """Place, key and marks of each marked word; the words of a phrase have none of their own."""
+    """Places, key and marks of each marked word; the words of a phrase have none of their own."""
     taken: set[int] = set()
     for place, token in enumerate(tokens):
         if place in taken:
@@ -83,11 +82,11 @@ def _marked(tokens: Sequence[Token], words: Lexicon) -> Iterator[_Found]:
             if places := _phrase_at(tokens, place, phrase.words, apart=phrase.apart):
                 taken.update(places)
                 same = [other.marks for other in phrases if other.words == phrase.words and other.apart == phrase.apart]
-                yield place, " ".join(phrase.words), tuple(mark for marks in same for mark in marks)
+                yield places, " ".join(phrase.words), tuple(mark for marks in same for mark in marks)
                 break
         else:
             if token.kind != "number" and (marks := words.marks(token.low)) and _counts(tokens, place, words):
-                yield place, token.stem, marks
+                yield (place,), token.stem, marks
 
 
 def _phrase_at(tokens: Sequence[Token], start: int, words: tuple[str, ...], *, apart: bool) -> list[int]:
@@ -117,18 +116,21 @@ def _counts(tokens: Sequence[Token], place: int, words: Lexicon) -> bool:
     return True
 
 
-def _names(tokens: Sequence[Token], words: Lexicon) -> frozenset[str]:
+_NAMED = ("name", "date", "language", "unit", "format")
+
+
+def _names(tokens: Sequence[Token], words: Lexicon, found: Sequence[_Found]) -> frozenset[str]:
+    named = {place for places, _, marks in found if any(group in _NAMED for group, _ in marks) for place in places}
     inner = [token for token in tokens if token.kind == "word" and token.content and not token.opens]
     titled = len(inner) > 4 and sum(token.text[:1].isupper() for token in inner) > 0.7 * len(inner)
     names = set()
-    for token in tokens:
-        if token.kind != "word":
+    for place, token in enumerate(tokens):
+        if token.kind != "word" or place in named or token.low in FOLDED:
             continue
         mixed = any(map(str.isdigit, token.low))
         short = len(token.text) > 1 and token.text.isupper() and not titled
         capital = token.text[:1].isupper() and not token.opens and not titled and token.content
-        marked = any(group in ("name", "date", "language", "unit", "format") for group, _ in words.marks(token.low))
-        if (mixed or short or capital) and token.low not in FOLDED and not marked:
+        if mixed or short or capital:
             names.add(token.stem)
     return frozenset(names)
 
@@ -140,6 +142,8 @@ def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], tup
     for token in tokens:
         if token.low in words.prepositions:
             role = token.low
+        elif token.low in words.asking:
+            role = ""  # in which year did he
         elif token.content:
             if token.stem in roles:
                 twice.add(token.stem)
@@ -157,7 +161,7 @@ def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], tup
 
 
 def _question(tokens: Sequence[Token], found: Sequence[_Found]) -> str:
-    for place, _, marks in found:
+    for (place, *_), _, marks in found:
         for group, value in marks:
             before = tokens[place - 1] if place else None
             if group == "question" and (before is None or tokens[place].opens or (place == 1 and not before.content)):

@@ -85,7 +85,13 @@ def _exchanged(one: tuple[Number, ...], other: tuple[Number, ...]) -> bool:
 
 
 def _unit(a: Prepared, b: Prepared) -> bool:
-    return _clash("unit", a.facts, b.facts, lambda unit: units()[unit].dimension) and not _converted(a.facts, b.facts)
+    if _converted(a.facts, b.facts):
+        return False
+    pairs = ((number, other) for number in a.facts.numbers for other in b.facts.numbers if number.value == other.value)
+    return _clash("unit", a.facts, b.facts, lambda unit: units()[unit].dimension) or (
+        len(a.facts.numbers) == len(b.facts.numbers) == 1
+        and any(one.unit and two.unit and one.unit != two.unit for one, two in pairs)
+    )
 
 
 def _converted(a: Facts, b: Facts) -> bool:
@@ -96,7 +102,9 @@ def _converted(a: Facts, b: Facts) -> bool:
 
 
 def _date(a: Prepared, b: Prepared) -> bool:
-    return _unequal("date", a.facts, b.facts) or _clash("frequency", a.facts, b.facts)
+    one, other = (set(text.facts.marks.get("date", ())) for text in (a, b))
+    # What is asked without a date is often asked of today.
+    return one ^ other not in (set(), {"today"}) or _clash("frequency", a.facts, b.facts)
 
 
 def _name(a: Prepared, b: Prepared) -> bool:
@@ -287,7 +295,13 @@ def _kind(a: Prepared, b: Prepared) -> bool:
 
 
 def _scope(a: Prepared, b: Prepared) -> bool:
-    return _unequal("scope", a.facts, b.facts)
+    return _unequal("scope", a.facts, b.facts) or _added(a, b) or _added(b, a)
+
+
+def _added(a: Prepared, b: Prepared) -> bool:
+    """`b` says all that `a` does, and narrows it: a refund, a refund after the trial."""
+    added = set(b.content) - set(a.content) - lexicon(a.language or "en").filler
+    return bool(added) and set(a.content) <= set(b.content) and all(b.facts.roles.get(word) for word in added)
 
 
 # How marks are compared -------------------------------------------------------------------------------------------------

@@ -63,7 +63,10 @@ def _value(tokens: Sequence[Token], place: int, words: Lexicon) -> str | None:
     token = tokens[place]
     if token.kind != "word" or (token.low in words.attached and (place == 0 or tokens[place - 1].kind != "number")):
         return None
-    return next((value for group, value in words.marks(token.low) if group == "number"), None)
+    values = [value for part in token.low.split("-") for group, value in words.marks(part) if group == "number"][:2]
+    if "-" not in token.low or len(values) < 2:
+        return values[0] if values and "-" not in token.low else None
+    return _written(float(values[0]) + float(values[1]))  # twenty-one
 
 
 def _spelled(tokens: Sequence[Token], place: int, value: str, words: Lexicon) -> tuple[str, int, bool]:

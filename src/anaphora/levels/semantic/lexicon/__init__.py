@@ -57,6 +57,8 @@ class Lexicon(msgspec.Struct, frozen=True):
     """By the first word, the longest first."""
     prefixes: frozenset[tuple[str, str]]
     """Pairs that turn a word around, without what they have in common at their ends: (im, ex) for import and export."""
+    filler: frozenset[str]
+    """Stems of words with content that add nothing to a question."""
     soft: frozenset[str]
     """Number words that often are none: one, second."""
     doubtful: frozenset[str]
@@ -75,14 +77,12 @@ class Lexicon(msgspec.Struct, frozen=True):
 
     def marks(self, word: str) -> tuple[Mark, ...]:
         """Of a single word in lower case."""
-        if (found := self.words.get(word)) is not None:
-            return found
-        if len(word) > 3 and (found := self.stems.get(self.stem(word))) is not None:
-            return found
-        for length in range(len(word), 2, -1):
-            if (found := self.starts.get(word[:length])) is not None:
-                return found
-        return ()
+        found = [*self.words.get(word, ())]
+        if len(word) > 3:
+            found += self.stems.get(self.stem(word), ())
+        for length in range(3, len(word) + 1):
+            found += self.starts.get(word[:length], ())
+        return tuple(dict.fromkeys(found))
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,6 +98,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     folded: str
     endings: str
     shortest: int
+    filler: str
     soft: str
     doubtful: str
     attached: str
@@ -154,6 +155,7 @@ def lexicon(language: Language) -> Lexicon:
         starts=starts,
         phrases=phrases,
         prefixes=frozenset(_shortest(*pair) for pair in file.prefixes),
+        filler=frozenset(irregular.get(word) or stem_of(word, endings) for word in file.filler.split()),
         soft=frozenset(file.soft.split()),
         doubtful=frozenset(file.doubtful.split()),
         attached=frozenset(file.attached.split()),
