@@ -58,7 +58,7 @@ def write(path: Path, dimensions: int, spaces: Iterable[Saved]) -> None:
     """Atomic: whoever reads finds the file of before, or this one. Raises OSError."""
     with _workplace(path) as workplace:
         whole, part = workplace / "whole", workplace / "part"
-        with whole.open("wb") as file:
+        with open(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as file:
             output = _Summed(file)
             output.write(_HEAD.pack(_MAGIC, FORMAT, dimensions))
             table: list[_Placed] = []

@@ -78,7 +78,11 @@ class Graph:
             self.remove(_SCRUB + number)
 
     def save(self, path: Path) -> None:
-        self._index.save(path)
+        """Raises OSError."""
+        try:
+            self._index.save(path)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
 
 
 def _index(dimensions: int) -> Index:

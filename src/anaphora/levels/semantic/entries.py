@@ -14,6 +14,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -100,7 +101,7 @@ class Entries:
         self._failing = False
         now_s = clock.monotonic_s()
         self._rest_until_s, self._saved_at_s, self._aired_at_s = now_s, now_s, now_s
-        self._jobs: list[Callable[[], None]] = []
+        self._jobs: deque[Callable[[], None]] = deque()
         self._awake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="anaphora-semantic", daemon=True)
@@ -174,12 +175,15 @@ class Entries:
             stored_at_s=now_s,
             expires_at_s=None if ttl_s is None else now_s + ttl_s,
         )
-        kept = np.asarray(vector, np.float16)
+        with np.errstate(over="ignore"):  # what is infinite is refused below
+            kept = np.asarray(vector, np.float16)
         with self._lock:
             try:
-                self._insert(entry, kept)
+                self._vectors.add(space, entry.id, kept.astype(np.float32))
             except ValueError:
                 return None
+            self._insert(entry)
+            self._num_unsaved += 1
             self._waiting.added[entry.id] = Addition(entry, kept.tobytes(), mark[1])
             excess = len(self._entries) - self._max_entries - _BEYOND
             self._discard(list(islice(self._entries, max(0, excess))))
@@ -256,7 +260,8 @@ class Entries:
         await asyncio.get_running_loop().run_in_executor(None, self.close)
 
     def close(self) -> None:
-        self._stopping = True
+        with self._lock:
+            self._stopping = True
         self._awake.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -264,17 +269,12 @@ class Entries:
 
     # -- memory, under the lock ----------------------------------------------------------------------------------------
 
-    def _insert(self, entry: Entry, vector: npt.NDArray[np.float16] | None) -> None:
-        """Without a vector: it is in `_vectors` already."""
+    def _insert(self, entry: Entry) -> None:
+        """Its vector is there already."""
         place = _place(entry.space, entry.digest)
         old = self._entries.get(self._places.get(place, 0))
-        if old is not None and old.stored_at_s > entry.stored_at_s:
-            return
-        if vector is not None:
-            self._vectors.add(entry.space, entry.id, vector.astype(np.float32))
-            self._num_unsaved += 1
         if old is not None:
-            self._discard([old.id])
+            self._discard([old.id], here_only=True)  # from the file it goes when this one is written
         self._places[place] = entry.id
         self._entries[entry.id] = entry
 
@@ -315,8 +315,6 @@ class Entries:
 
     async def _ask(self, work: Callable[[], T]) -> T:
         """`work`'s answer, after everything that was changed before was written."""
-        if not self._thread.is_alive():
-            raise EntriesFailed("the semantic level's entries are closed")
         answer: Future[T] = Future()
 
         def job() -> None:
@@ -325,7 +323,10 @@ class Entries:
             except Exception as error:
                 answer.set_exception(error)
 
-        self._jobs.append(job)
+        with self._lock:
+            if self._stopping or not self._thread.is_alive():
+                raise EntriesFailed("the semantic level's entries are closed")
+            self._jobs.append(job)
         self._awake.set()
         return await asyncio.wrap_future(answer)
 
@@ -341,14 +342,14 @@ class Entries:
         self._file.close()
 
     def _work(self) -> None:
-        jobs, self._jobs = self._jobs, []
+        num_jobs = len(self._jobs)  # what comes meanwhile is for the next time
         now_s = self._clock.monotonic_s()
-        if jobs or now_s >= self._rest_until_s:
+        if num_jobs or now_s >= self._rest_until_s:
             done = self._attempt("write", self._write) and self._attempt("read", self._read)
             if done and self._num_unsaved * 10 > len(self._entries) and now_s - self._saved_at_s > _SAVE_EVERY_S:
                 self._attempt("save", self._save)
-        for job in jobs:
-            job()
+        for _ in range(num_jobs):
+            self._jobs.popleft()()
 
     def _attempt(self, operation: str, attempt: Callable[[], object]) -> bool:
         try:
@@ -406,7 +407,8 @@ class Entries:
 
     def _read(self) -> None:
         """What other processes wrote; at first everything."""
-        epoch, changed = self._file.epoch, self._file.changed()
+        changed = self._file.changed()
+        epoch = self._file.epoch
         if epoch == self._seen and changed == self._changed:
             return
         known: set[int] | None = None
@@ -437,7 +439,12 @@ class Entries:
             if vector is None and entry.id not in self._loaded:
                 continue  # gone meanwhile
             with self._lock, suppress(ValueError):
-                self._insert(entry, None if vector is None else np.frombuffer(vector, np.float16))
+                if self._places.get(_place(entry.space, entry.digest)) in self._waiting.added:
+                    continue  # a newer one, to be written in its place
+                if vector is not None:
+                    self._vectors.add(entry.space, entry.id, np.frombuffer(vector, np.float16).astype(np.float32))
+                    self._num_unsaved += 1
+                self._insert(entry)
         with self._lock:
             self._discard(news.removed, here_only=True)
             self._heard += news.labels
