@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from anaphora.levels.semantic.lexicon import FOLDED, Lexicon, Mark
+from anaphora.levels.semantic.lexicon import FOLDED, Lexicon, Mark, Phrase
 from anaphora.levels.semantic.numbers import Number, numbers_of
 from anaphora.levels.semantic.tokens import Token
 
@@ -77,29 +77,31 @@ def _marked(tokens: Sequence[Token], words: Lexicon) -> Iterator[_Found]:
     for place, token in enumerate(tokens):
         if place in taken:
             continue
-        phrases = (*words.phrases.get(token.low, ()), *(words.phrases.get(token.stem, ()) if token.stem != token.low else ()))
+        phrases = words.phrases.get(token.stem, ()) if token.content else words.phrases.get(token.low, ())
         for phrase in phrases:
-            if places := _phrase_at(tokens, place, phrase.words, apart=phrase.apart):
+            if places := _phrase_at(tokens, place, phrase):
                 taken.update(places)
                 same = [other.marks for other in phrases if other.words == phrase.words and other.apart == phrase.apart]
                 yield places, " ".join(phrase.words), tuple(mark for marks in same for mark in marks)
                 break
         else:
-            if token.kind != "number" and (marks := words.marks(token.low)) and _counts(tokens, place, words):
-                yield (place,), token.stem, marks
+            if token.marks and _counts(tokens, place, words):
+                yield (place,), token.stem, token.marks
 
 
-def _phrase_at(tokens: Sequence[Token], start: int, words: tuple[str, ...], *, apart: bool) -> list[int]:
+def _phrase_at(tokens: Sequence[Token], start: int, phrase: Phrase) -> list[int]:
     """Where its words are; none if it does not stand here."""
     places = [start]
-    for number, word in enumerate(words[1:], 1):
-        reach = 5 if apart and number == len(words) - 1 else 1
+    last = len(phrase.words) - 1
+    for number in range(1, last + 1):
+        reach = 5 if phrase.apart and number == last else 1
         for place in range(places[-1] + 1, min(places[-1] + 1 + reach, len(tokens))):
-            if word in (tokens[place].low, tokens[place].stem):
+            token = tokens[place]
+            if tokens[place - 1].after:
+                return []
+            if token.low == phrase.words[number] or token.stem == phrase.stems[number]:
                 places.append(place)
                 break
-            if tokens[place].after:
-                return []
         else:
             return []
     return places
@@ -125,6 +127,8 @@ def _names(tokens: Sequence[Token], words: Lexicon, found: Sequence[_Found]) -> 
     titled = len(inner) > 4 and sum(token.text[:1].isupper() for token in inner) > 0.7 * len(inner)
     names = set()
     for place, token in enumerate(tokens):
+        if token.text == token.low and token.text.isalpha():
+            continue
         if token.kind != "word" or place in named or token.low in FOLDED:
             continue
         mixed = any(map(str.isdigit, token.low))

@@ -227,12 +227,7 @@ def _reversed(a: Facts, b: Facts) -> bool:
         return False
     place = {word: number for number, word in enumerate(b.order)}
     there = [place[word] for word in a.order if word in place]
-    return len(there) > 2 and any(
-        there[first] > there[middle] > there[last]
-        for first in range(len(there) - 2)
-        for middle in range(first + 1, len(there) - 1)
-        for last in range(middle + 1, len(there))
-    )
+    return any(max(there[:middle]) > there[middle] > min(there[middle + 1 :]) for middle in range(1, len(there) - 1))
 
 
 def _agent(passive: Facts, active: Facts) -> bool:

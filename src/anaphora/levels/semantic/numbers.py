@@ -63,10 +63,11 @@ def _value(tokens: Sequence[Token], place: int, words: Lexicon) -> str | None:
     token = tokens[place]
     if token.kind != "word" or (token.low in words.attached and (place == 0 or tokens[place - 1].kind != "number")):
         return None
-    values = [value for part in token.low.split("-") for group, value in words.marks(part) if group == "number"][:2]
-    if "-" not in token.low or len(values) < 2:
-        return values[0] if values and "-" not in token.low else None
-    return _written(float(values[0]) + float(values[1]))  # twenty-one
+    if "-" not in token.low:
+        return next((value for group, value in token.marks if group == "number"), None)
+    # twenty-one
+    values = [value for part in token.low.split("-") for group, value in words.marks(part) if group == "number"]
+    return _written(float(values[0]) + float(values[1])) if len(values) == 2 else None
 
 
 def _spelled(tokens: Sequence[Token], place: int, value: str, words: Lexicon) -> tuple[str, int, bool]:
@@ -126,7 +127,7 @@ def _unit(tokens: Sequence[Token], place: int, words: Lexicon) -> str:
     low = tokens[place].low
     if tokens[place - 1].text.endswith("°"):
         return {"c": "celsius", "f": "fahrenheit"}.get(low, "")
-    return next((value for group, value in words.marks(low) if group == "unit"), "")
+    return next((value for group, value in tokens[place].marks if group == "unit"), "")
 
 
 def _amount(value: str, unit: str) -> tuple[str, float] | None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from anaphora.levels.semantic.lexicon import FOLDED, Language, Lexicon, lexicon
+from anaphora.levels.semantic.lexicon import FOLDED, Language, Lexicon, Mark, lexicon
 
 class Token(msgspec.Struct, frozen=True, gc=False):
     """A word, a number or a piece of code. Marks are not kept, but for what they say of the words between them."""
@@ -24,13 +24,16 @@ class Token(msgspec.Struct, frozen=True, gc=False):
     """A word with a meaning of its own."""
     opens: bool
     """The first of a sentence, where a capital letter says nothing."""
+    marks: tuple[Mark, ...]
+    """What the lexicon says of it."""
     after: str
-    """The marks between this and the next token, without spaces."""
+    """The punctuation between this and the next token, without spaces."""
 
 
 _TOKEN = re.compile(
     r"""
-    (?P<short>(?<![\w.])(?:[^\W\d_]\.){2,}(?:[^\W\d_](?!\w))? | [ap]\.m\b)
+    (?P<plain>[A-Za-zА-Яа-яЁё]?[a-zа-яё]+(?=[\s,;?!]|\.?(?:\s|$)))  # most words, found at once
+    |(?P<short>(?<![\w.])(?:[^\W\d_]\.){2,}(?:[^\W\d_](?!\w))? | [ap]\.m\b)
     |(?P<code>```.*?```|`[^`\n]+`
         |(?:https?|ftp)://[^\s<>"]*[^\s<>".,;:!?)\]'] | www\.[^\s<>"]*[^\s<>".,;:!?)\]']
         |[\w.+-]+@[\w-]+(?:\.[\w-]+)+
@@ -60,28 +63,27 @@ def tokenised(text: str, words: Lexicon) -> tuple[Token, ...]:
         written, kind = match.group(), match.lastgroup or "word"
         if kind == "short" or (kind == "code" and written.lower() in FOLDED):
             kind, written = "word", written.replace(".", "")
-        if kind == "word":
+        if kind in ("word", "plain"):
             tokens += _word(written, opens, after, words)
         elif kind == "number":
-            tokens.append(Token(written, written.lower(), written.lower(), "number", True, opens, after))
+            tokens.append(Token(written, written.lower(), written.lower(), "number", True, opens, (), after))
         else:
-            tokens.append(Token(written, written, written, "code", True, opens, after))
+            tokens.append(Token(written, written, written, "code", True, opens, words.marks(written.lower()), after))
         opens = "\n" in between or any(mark in ".?!:" for mark in after)
     return tuple(tokens)
 
 
 def _word(written: str, opens: bool, after: str, words: Lexicon) -> list[Token]:
-    parts = _parts(written.lower(), words)
-    tokens = [
-        Token(written if place == 0 else part, part, stem, "word", content, opens and place == 0, "")
-        for place, (part, stem, content) in enumerate(parts)
+    parts = _parts_of(written.lower(), words.language)
+    last = len(parts) - 1
+    return [
+        Token(written if place == 0 else part, part, stem, "word", content, opens and place == 0, marks, after if place == last else "")
+        for place, (part, stem, content, marks) in enumerate(parts)
     ]
-    tokens[-1] = msgspec.structs.replace(tokens[-1], after=after)
-    return tokens
 
 
 @lru_cache(maxsize=16384)
-def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool], ...]:
+def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool, tuple[Mark, ...]], ...]:
     words = lexicon(language)
     if (long := words.contractions.get(low)) is not None:
         parts = long
@@ -91,8 +93,5 @@ def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool], ...]
         head, mark, tail = low.rpartition("'")
         short = {"re": "are", "ve": "have", "ll": "will", "d": "would", "m": "am"}.get(tail) if mark else None
         parts = (head, short) if short else (low.removesuffix("'s"),)
-    return tuple((part, words.stem(part), part not in words.function) for part in parts)
+    return tuple((part, words.stem(part), part not in words.function, words.marks(part)) for part in parts)
 
-
-def _parts(low: str, words: Lexicon) -> tuple[tuple[str, str, bool], ...]:
-    return _parts_of(low, words.language)

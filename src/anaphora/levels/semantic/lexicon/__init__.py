@@ -33,6 +33,7 @@ class Phrase(msgspec.Struct, frozen=True):
     """Words that have a mark together, and none of their own."""
 
     words: tuple[str, ...]
+    stems: tuple[str, ...]
     marks: tuple[Mark, ...]
     apart: bool
     """Others may stand before the last one: turn it off."""
@@ -54,7 +55,7 @@ class Lexicon(msgspec.Struct, frozen=True):
     stems: dict[str, tuple[Mark, ...]]
     starts: dict[str, tuple[Mark, ...]]
     phrases: dict[str, tuple[Phrase, ...]]
-    """By the first word, the longest first."""
+    """By the stem of the first word, the longest first."""
     prefixes: frozenset[tuple[str, str]]
     """Pairs that turn a word around, without what they have in common at their ends: (im, ex) for import and export."""
     filler: frozenset[str]
@@ -124,6 +125,7 @@ def lexicon(language: Language) -> Lexicon:
     stems: dict[str, tuple[Mark, ...]] = {}
     starts: dict[str, tuple[Mark, ...]] = {}
     phrases: dict[str, tuple[Phrase, ...]] = {}
+    function = frozenset(file.function.split())
     irregular = {form: base for base, forms in file.irregular.items() for form in [base, *forms.split()]}
 
     def add(table: dict[str, tuple[Mark, ...]], entry: str, mark: Mark) -> None:
@@ -133,8 +135,10 @@ def lexicon(language: Language) -> Lexicon:
     for entry, mark in _entries(file):
         if " " in entry:
             parts = tuple(part for part in entry.split() if part != "~")
-            phrase = Phrase(parts, (mark,), "~" in entry)
-            phrases[parts[0]] = tuple(sorted((*phrases.get(parts[0], ()), phrase), key=lambda other: -len(other.words)))
+            beginnings = tuple(part if part in function else irregular.get(part) or stem_of(part, endings) for part in parts)
+            phrase = Phrase(parts, beginnings, (mark,), "~" in entry)
+            known = phrases.get(beginnings[0], ())
+            phrases[beginnings[0]] = tuple(sorted((*known, phrase), key=lambda other: -len(other.words)))
         elif entry.endswith("*"):
             add(starts, entry[:-1], mark)
         elif entry.startswith("="):
@@ -144,7 +148,7 @@ def lexicon(language: Language) -> Lexicon:
             add(stems, irregular.get(entry) or stem_of(entry, endings), mark)
     return Lexicon(
         language=language,
-        function=frozenset(file.function.split()),
+        function=function,
         asking=frozenset(file.asking.split()),
         contractions={short: tuple(long.split()) for short, long in file.contractions.items()},
         irregular=irregular,

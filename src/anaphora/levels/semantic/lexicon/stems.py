@@ -14,7 +14,11 @@ class Endings(msgspec.Struct, frozen=True):
 
 def stem_of(word: str, endings: Endings) -> str:
     for ending in endings.endings:
-        if word.endswith(ending) and len(word) - len(ending) >= endings.shortest:
+        if (
+            word.endswith(ending)
+            and len(word) - len(ending) >= endings.shortest
+            and not (ending == "s" and word.endswith("ss"))
+        ):
             stem = word[: -len(ending)]
             # stopped, stop
             doubled = len(stem) > endings.shortest and stem[-1] == stem[-2] and stem[-1] not in "slz" and stem[-1].isalpha()
