@@ -80,6 +80,22 @@ def test_fifty_subscribers_share_one_computation_and_each_gets_all_of_it() -> No
     asyncio.run(run())
 
 
+def test_what_a_computation_says_at_once_is_heard_at_once() -> None:
+    async def bursts() -> AsyncIterator[list[Delta]]:
+        for burst in (ANSWER[:2], ANSWER[2:]):
+            await asyncio.sleep(0)
+            yield burst
+
+    async def run() -> None:
+        flights, script = Flights(), Script()
+        subscription = flights.join("k", bursts, script.landed)
+        assert [await subscription.burst() for _ in range(3)] == [ANSWER[:2], ANSWER[2:], []]
+        await flights.drain()
+        assert script.learned == [collect(ANSWER)]
+
+    asyncio.run(run())
+
+
 def test_who_joins_later_gets_what_was_said_and_then_the_live_rest() -> None:
     async def run() -> None:
         flights, script = Flights(), Script()

@@ -234,6 +234,8 @@ class Meter:
     def note(self, burst: list[Delta]) -> None:
         now_s = self._clock.monotonic_s()
         for delta in burst:
+            if isinstance(delta, Raw):
+                continue
             if isinstance(delta, TextDelta | ThinkingDelta | ToolUseDelta):
                 self._num_chars += len(delta.arguments if isinstance(delta, ToolUseDelta) else delta.text)
                 if self._first_s is None:

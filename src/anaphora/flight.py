@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 AHEAD = 1024
 
-Start = Callable[[], AsyncIterator[Delta]]
+Start = Callable[[], AsyncIterator[Delta] | AsyncIterator[list[Delta]]]
+"""What a computation says, piece by piece or whatever it has at once."""
 Landed = Callable[[Completion], Awaitable[None]]
 
 
@@ -73,11 +74,12 @@ class Flight:
 
     async def _fly(self, start: Start, landed: Landed) -> None:
         collector = Collector()
-        deltas = start()
+        pieces = start()
         try:
-            async for delta in deltas:
-                collector.add(delta)
-                self.deltas.append(delta)
+            async for piece in pieces:
+                for delta in piece if isinstance(piece, list) else (piece,):
+                    collector.add(delta)
+                    self.deltas.append(delta)
                 if collector.completion is not None:
                     self.completion = collector.completion
                     self._end(None)  # before the backend tidies up: no client waits for that
@@ -87,7 +89,7 @@ class Flight:
                     self._room = asyncio.get_running_loop().create_future()
                     await self._room
         finally:
-            aclose = getattr(deltas, "aclose", None)  # generators and engine clients have it; a plain iterator need not
+            aclose = getattr(pieces, "aclose", None)  # generators and engine clients have it; a plain iterator need not
             if aclose is not None:
                 await aclose()
         if collector.completion is None:
@@ -113,6 +115,8 @@ class Flight:
         self._wake()
 
     def _wake(self) -> None:
+        if not self._waiting:
+            return
         waiting, self._waiting = self._waiting, []
         for woken in waiting:
             if not woken.done():  # a cancelled subscriber's future is done already

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from anaphora.accounting import NOBODY, Accounting, Asked
 from anaphora.answer import Answer, Live, Meter, Recalled, Source
-from anaphora.backends.base import Backend, Foreign, Forwarded, Hosting, StandsIn
+from anaphora.backends.base import Backend, Bursting, Foreign, Forwarded, Hosting, StandsIn
 from anaphora.catalogue import Catalogue
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import LimitReached, NotCached, NotFound, ServiceError
@@ -23,7 +23,7 @@ from anaphora.memory import Memory, Recall
 from anaphora.promises import Stats as PromiseStats
 from anaphora.prompt import Prompt
 from anaphora.tiers.base import TierStats
-from anaphora.types import CacheControl, Completion, Key, ModelInfo, Request, Scope
+from anaphora.types import CacheControl, Completion, Delta, Key, ModelInfo, Request, Scope
 
 if TYPE_CHECKING:
     from anaphora.fleet import Fleet  # its HTTP client is of no use to who only computes here
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NO_DIRECTIVES = CacheControl()
+
+Compute = Callable[[Request], AsyncIterator[Delta] | AsyncIterator[list[Delta]]]
 
 _ALONE = frozenset({MissReason.NO_CACHE, MissReason.SAMPLED, MissReason.EMPTY_BUCKET})
 """Misses of requests that want a computation of their own: they join nobody, and nobody joins them."""
@@ -91,6 +93,7 @@ class Gateway:
         """Questions whose answers were learned, and when, in order."""
         self._refreshing: set[asyncio.Task[None]] = set()
         self._hosting = backend if isinstance(backend, Hosting) else None
+        self._compute: Compute = backend.bursts if isinstance(backend, Bursting) else backend.run
         self._clock = clock or SystemClock()
         self._emit = emit
         self._flights = Flights()
@@ -203,7 +206,7 @@ class Gateway:
                 if older is None:
                     raise
                 return answer  # and it stays as old as it is
-        subscription = self._flights.join(key, lambda: self._backend.run(asking), landed)
+        subscription = self._flights.join(key, lambda: self._compute(asking), landed)
         if self._allowance is not None and subscription.collapsed:
             self._allowance.settle(teller.request_id, 0, 0)
         source: Source = "collapsed" if subscription.collapsed else "bypass" if _bypass(recalled, control) else "miss"

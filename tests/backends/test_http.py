@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from base64 import b64encode
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
 from anaphora.backends.http import Http
 
 
-class Server(Thread):
+class Server(threading.Thread):
     """Answers one connection, and notes what it was asked."""
 
     def __init__(self) -> None:
@@ -78,3 +78,42 @@ def test_no_password_of_the_users_own_is_sent_along(tmp_path: Path, monkeypatch:
     server = Server()
     assert ask(f"http://{server.address}") == b"ok"
     assert b"authorization" not in server.head.lower()
+
+
+def test_a_body_that_stops_coming_is_waited_for_as_long_as_was_said_each_time_anew() -> None:
+    first, stop = threading.Event(), threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with listener, connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\na")
+            first.wait(30)
+            connection.sendall(b"b")
+            stop.wait(30)
+
+    async def body() -> None:
+        server = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        http = Http(server, connect_s=5.0)
+        await http.start()
+        reply = await http.send("POST", server, b"", {})
+        assert await reply.chunk(0.2) == b"a"
+        waiting = asyncio.create_task(reply.chunk(60.0))  # the timer that is set already goes off in the middle of it
+        await asyncio.wait((waiting,), timeout=0.5)
+        assert not waiting.done()
+        first.set()
+        assert await waiting == b"b"
+        with pytest.raises(TimeoutError):
+            await reply.chunk(0.01)
+        reply.close()
+        await http.aclose()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        asyncio.run(body())
+    finally:
+        first.set()
+        stop.set()
+        thread.join()

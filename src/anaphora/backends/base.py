@@ -68,6 +68,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Bursting(Protocol):
+    """A backend that has several deltas at once now and then, and gives them out so."""
+
+    def bursts(self, request: Request) -> AsyncIterator[list[Delta]]:
+        """As `Backend.run`; no list is empty."""
+        ...
+
+
+@runtime_checkable
 class Measuring(Protocol):
     """A backend that can tell how long the parts of a prompt are: accounting for prompt caching needs it."""
 

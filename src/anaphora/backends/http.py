@@ -35,16 +35,53 @@ class Reply:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
+        self._due_s: float | None = None
+        """When whoever waits has waited long enough, by the event loop's clock."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._late = False
+        self.over = False
+        """Set by who reads it: what was of interest is there, though there may be more."""
         self.status = response.status
         self.headers: dict[str, str] = {name.lower(): value for name, value in response.headers.items()}
         """Names in lower case; of those that are there twice the last one."""
 
-    async def chunk(self) -> bytes:
-        """What has come since, at least a byte; nothing at the end. Raises Unreachable."""
+    async def chunk(self, within_s: float | None = None) -> bytes:
+        """What has come since, at least a byte; nothing at the end. Raises Unreachable, and TimeoutError if that takes longer
+        than `within_s`: then there is nothing more to be had of it."""
+        if within_s is not None:
+            self._limit(within_s)
         try:
-            return await self._response.content.readany()
+            chunk = await self._response.content.readany()
+        except TimeoutError:
+            raise
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(_words(error), unsent=False) from error
+        self._due_s = None
+        if self._late:
+            raise TimeoutError
+        return chunk
+
+    def _limit(self, within_s: float) -> None:
+        """A timer that is set once and looks then whether it is really time: setting one for each chunk costs more than
+        reading it."""
+        loop = asyncio.get_running_loop()
+        self._due_s = loop.time() + within_s
+        if self._timer is not None:
+            if self._timer.when() <= self._due_s:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(self._due_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._due_s is None:  # nobody waits
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._due_s:
+            self._timer = loop.call_at(self._due_s, self._look)
+        else:
+            self._late = True
+            self._response.content.set_exception(TimeoutError())
 
     async def read(self, limit: int | None = None) -> bytes:
         """All of it, or a little more than `limit` bytes. Raises Unreachable."""
@@ -82,6 +119,9 @@ class Reply:
 
     def close(self) -> None:
         """Without more ado: a body that was not read to its end is of no interest, and the other side gets to know that."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._response.close()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from anaphora.types import (
 )
 from anaphora.wire.base import encode
 from anaphora.wire.fields import Json
-from anaphora.wire.upstream import UpstreamDialect
+from anaphora.wire.upstream import Reader, UpstreamDialect
 
 ANTHROPIC_VERSION = "2023-06-01"
 """Sent where the client said none."""
@@ -134,7 +134,7 @@ class Upstream:
                 for delta in burst:
                     yield delta
 
-    async def bursts(self, request: Request, optimiser: OptimiserOptions | None = None) -> AsyncGenerator[list[Delta], None]:
+    def bursts(self, request: Request, optimiser: OptimiserOptions | None = None) -> AsyncGenerator[list[Delta], None]:
         """As `run`, whatever came at once as one. `optimiser`: instead of the upstream's own settings."""
         dialect, body = self._written(request)
         sending = None
@@ -142,24 +142,49 @@ class Upstream:
             options = self.options.optimiser if optimiser is None else optimiser
             sending = self._optimising.prepare(request, dialect.name, body, self.name, options)
         if sending is None:
-            async with aclosing(self._exchange(request, dialect, body, body, {})) as bursts:
-                async for burst in bursts:
-                    yield burst
-            return
+            return self._answer(self._request(request, dialect.path, encode(body)), dialect, body)
+        return self._optimised(request, dialect, body, sending)
+
+    async def _optimised(
+        self, request: Request, dialect: UpstreamDialect, body: Json, sending: Sending
+    ) -> AsyncGenerator[list[Delta], None]:
         try:
             await sending.wait()
-            async with aclosing(self._exchange(request, dialect, body, sending.body, sending.headers)) as bursts:
+            sent = self._request(request, dialect.path, encode(sending.body), sending.headers)
+            async with aclosing(self._answer(sent, dialect, body)) as bursts:
                 async for burst in bursts:
                     yield _told(burst, sending)
         finally:
             sending.over()
 
-    async def _exchange(
-        self, request: Request, dialect: UpstreamDialect, body: Json, sent_body: Json, headers: dict[str, str]
-    ) -> AsyncGenerator[list[Delta], None]:
-        """One HTTP request. `body` is what the answer's reader knows of, `sent_body` what is sent."""
-        sent = self._request(request, dialect.path, encode(sent_body), headers)
+    async def _answer(self, sent: _Sent, dialect: UpstreamDialect, body: Json) -> AsyncGenerator[list[Delta], None]:
+        """Lists of deltas as they come. Raises UpstreamFailed where they stop coming, or take longer than they may. `body` is
+        what the answer's reader knows of, whatever is sent."""
         started_s = self._clock.monotonic_s()
+        async with self._exchange(sent, dialect, body) as reply:
+            headers, reused = _client_headers(reply.headers, self.name), _reused(reply.headers)
+            reader = dialect.reader(body) if body.get("stream") else None
+            said = False
+            while not reply.over:
+                if reader is None:
+                    burst, failure = dialect.read_whole(await self._whole(reply, started_s)), None
+                else:
+                    burst, failure = _meant(reader, await self._chunk(reply, started_s, said=said))
+                if burst:
+                    said = said or any(not isinstance(delta, Raw | Begin | Finish) for delta in burst)
+                    if headers:
+                        burst, headers = [_with_headers(burst[0], headers), *burst[1:]], ()
+                    # Whoever has the end of an answer reads no further, but its connection is good for the next one.
+                    reply.over = reader is None or isinstance(burst[-1], End)
+                    if isinstance(burst[-1], End):
+                        burst[-1] = msgspec.structs.replace(burst[-1], compute_s=self._clock.monotonic_s() - started_s)
+                    yield [_with_reused(delta, reused) for delta in burst] if reused else burst
+                if failure is not None:
+                    raise failure
+
+    @asynccontextmanager
+    async def _exchange(self, sent: _Sent, dialect: UpstreamDialect, body: Json) -> AsyncGenerator[Reply, None]:
+        """One HTTP request, from its place in the queue to the end of its answer."""
         if self._slots is not None:
             await self._slots.acquire()
         self.num_running += 1
@@ -167,17 +192,10 @@ class Upstream:
         self._num_requests += 1
         try:
             reply = await self._begun(sent, dialect, body)
-            reused = _reused(reply.headers)
-            ended = False
             try:
-                async with aclosing(self._answer(reply, dialect, body, started_s)) as bursts:
-                    async for burst in bursts:
-                        if isinstance(burst[-1], End):
-                            ended = True
-                            burst[-1] = msgspec.structs.replace(burst[-1], compute_s=self._clock.monotonic_s() - started_s)
-                        yield [_with_reused(delta, reused) for delta in burst] if reused else burst
+                yield reply
             finally:
-                if ended:  # whoever has the end of an answer reads no further, but its connection is good for the next one
+                if reply.over:
                     self._finish(reply)
                 else:
                     reply.close()
@@ -378,57 +396,29 @@ class Upstream:
             reply.close()
         raise self._refused(reply, data, dialect, body)
 
-    async def _answer(
-        self, reply: Reply, dialect: UpstreamDialect, body: Json, started_s: float
-    ) -> AsyncGenerator[list[Delta], None]:
-        """Lists of deltas as they come. Raises UpstreamFailed where they stop coming, or take longer than they may."""
-        headers = _client_headers(reply.headers, self.name)
-        if not body.get("stream"):
-            try:
-                async with asyncio.timeout(self._left_s(started_s)):
-                    data = await reply.read()
-            except TimeoutError as error:
-                raise self._late(_NOT_OVER, self.options.total_s) from error
-            yield [_with_headers(delta, headers) for delta in dialect.read_whole(data)]
-            return
-        reader = dialect.reader(body)
-        options, loop = self.options, asyncio.get_running_loop()
-        said = False
-        what, allowed_s = _NO_TOKEN, options.first_s
+    async def _whole(self, reply: Reply, started_s: float) -> bytes:
         try:
-            # One limit for the whole stream, moved on for each wait, and lifted while others have their turn.
-            async with asyncio.timeout(None) as limit:
-                while True:
-                    what, allowed_s = (_NO_MORE, options.between_s) if said else (_NO_TOKEN, options.first_s)
-                    limit_s = allowed_s if said else allowed_s - (self._clock.monotonic_s() - started_s)
-                    left_s = self._left_s(started_s)
-                    if left_s < limit_s:
-                        what, allowed_s, limit_s = _NOT_OVER, options.total_s, left_s
-                    limit.reschedule(loop.time() + max(0.0, limit_s))
-                    chunk = await reply.chunk()
-                    limit.reschedule(None)
-                    if not chunk:
-                        raise BackendFailed(f"The upstream {self.name} cut its answer off.")
-                    failure = None
-                    try:
-                        reader.feed(chunk)
-                    except ServiceError as error:  # what came before it is good
-                        failure = error
-                    burst = list(reader.deltas)
-                    if burst:
-                        said = said or any(not isinstance(delta, Raw | Begin | Finish) for delta in burst)
-                        if headers:
-                            burst, headers = [_with_headers(burst[0], headers), *burst[1:]], ()
-                        yield burst
-                        if isinstance(burst[-1], End):
-                            return
-                    if failure is not None:
-                        raise failure
+            async with asyncio.timeout(self.options.total_s - (self._clock.monotonic_s() - started_s)):
+                return await reply.read()
+        except TimeoutError as error:
+            raise self._late(_NOT_OVER, self.options.total_s) from error
+
+    async def _chunk(self, reply: Reply, started_s: float, *, said: bool) -> bytes:
+        """The next piece of a stream, of which something was `said` or not yet."""
+        options = self.options
+        spent_s = self._clock.monotonic_s() - started_s
+        what, allowed_s = (_NO_MORE, options.between_s) if said else (_NO_TOKEN, options.first_s)
+        within_s = allowed_s if said else allowed_s - spent_s
+        left_s = options.total_s - spent_s
+        if left_s < within_s:
+            what, allowed_s, within_s = _NOT_OVER, options.total_s, left_s
+        try:
+            chunk = await reply.chunk(max(0.0, within_s))
         except TimeoutError as error:
             raise self._late(what, allowed_s, elsewhere=not said) from error
-
-    def _left_s(self, started_s: float) -> float:
-        return self.options.total_s - (self._clock.monotonic_s() - started_s)
+        if not chunk:
+            raise BackendFailed(f"The upstream {self.name} cut its answer off.")
+        return chunk
 
     # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
@@ -501,6 +491,14 @@ class _Counted(msgspec.Struct, frozen=True):
 
 
 _EFFECTS = ("background", "conversation", "container", "mcp_servers")
+
+
+def _meant(reader: Reader, chunk: bytes) -> tuple[list[Delta], ServiceError | None]:
+    """What `chunk` means, and what is wrong with it: what came before that is good."""
+    try:
+        return reader.feed(chunk), None
+    except ServiceError as error:
+        return reader.deltas, error
 
 
 def _repeatable(body: Json) -> bool:

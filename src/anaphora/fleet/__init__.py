@@ -249,15 +249,16 @@ class Fleet:
     # -- answering -----------------------------------------------------------------------------------------------------
 
     async def run(self, request: Request) -> AsyncIterator[Delta]:
-        if self._local is not None and not self.hosts(request.model):
-            async with aclosing(_generator(self._local.run(request))) as deltas:
-                async for delta in deltas:
-                    yield delta
-            return
-        async with aclosing(self._from_upstreams(request)) as bursts:
+        async with aclosing(self.bursts(request)) as bursts:
             async for burst in bursts:
                 for delta in burst:
                     yield delta
+
+    def bursts(self, request: Request) -> AsyncGenerator[list[Delta], None]:
+        """As `run`, whatever came at once as one."""
+        if self._local is not None and not self.hosts(request.model):
+            return _one_by_one(self._local.run(request))
+        return self._from_upstreams(request)
 
     async def _from_upstreams(self, request: Request) -> AsyncGenerator[list[Delta], None]:
         pool = self._pool(request.model)
@@ -305,11 +306,13 @@ class Fleet:
         trial = breaker.sent()
         self._tell(request, target, route)
         held: list[Delta] = []
-        given = False
+        given = spoken = False
         try:
             async with aclosing(upstream.bursts(asking, self._optimiser(target.replica, request.model))) as bursts:
                 async for burst in bursts:
                     for place, delta in enumerate(burst):
+                        if isinstance(delta, Raw):
+                            continue
                         if isinstance(delta, Begin):
                             burst[place] = msgspec.structs.replace(delta, upstream=upstream.name)
                         elif isinstance(delta, End):
@@ -318,7 +321,8 @@ class Fleet:
                             route.ended(self._clock.monotonic_s(), **_counts(delta.usage))
                             # What another model said is no answer to remember under the name of this one.
                             burst[place] = msgspec.structs.replace(delta, faithful=delta.faithful and not other)
-                        elif not isinstance(delta, Raw):
+                        elif not spoken:
+                            spoken = True
                             route.first_token(self._clock.monotonic_s())
                     if not given and not alone and all(isinstance(delta, Raw | Begin) for delta in burst):
                         held += burst
@@ -464,11 +468,11 @@ def _its_fault(error: ServiceError) -> bool:
     return error.status >= 500 and error.code != "upstream_auth"
 
 
-async def _generator(deltas: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None]:
+async def _one_by_one(deltas: AsyncIterator[Delta]) -> AsyncGenerator[list[Delta], None]:
     """`deltas` as something that can be closed, whatever it is."""
     try:
         async for delta in deltas:
-            yield delta
+            yield [delta]
     finally:
         aclose = getattr(deltas, "aclose", None)
         if aclose is not None:

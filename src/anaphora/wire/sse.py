@@ -104,12 +104,20 @@ _CR = ord("\r")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+_USUAL = re.compile(rb"(?:event: ([ -~]*)\n)?data: ([^\n]*)").fullmatch
+"""Nearly every event."""
+
+
 def _event(text: bytes) -> Event:
     """Of the lines of one event, without the empty line behind them."""
+    raw = text + b"\n\n"
+    if (usual := _USUAL(text)) is not None:
+        name, data = usual.groups()
+        return Event(raw, "" if name is None else name.decode("ascii"), data)
     fields = _Fields()
     for one in text.split(b"\n"):
         fields.add(one)
-    return fields.event(text + b"\n\n")
+    return fields.event(raw)
 
 
 class _Fields:
