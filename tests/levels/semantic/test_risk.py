@@ -67,7 +67,7 @@ def test_what_is_said_to_be_missing_is_just_enough(score: float, errors: int) ->
 
 
 def test_hits_that_resemble_what_was_labelled_are_served_and_lesser_ones_are_not() -> None:
-    evidence = taught(40, score=1.0)
+    evidence = taught(60, score=1.0)
     assert evidence.decide(1.0, 0.5, 0.0) == Serve(0.98)  # which no label between the two contradicts
     for _ in range(40):
         evidence.add(Label(0.985, wrong=True))
@@ -90,11 +90,11 @@ def test_poor_hits_do_not_hide_in_the_average_of_many_good_ones() -> None:
 
 
 def test_a_strictest_threshold_that_nothing_reaches_does_not_bar_the_others() -> None:
-    evidence = taught(76, score=0.95)
+    evidence = taught(80, score=0.95)
     assert served(evidence.decide(0.95, 0.5, 0.0))
-    plain = taught(400, score=0.95, policy=Policy(budget=0.1, reserve=0.0))
+    plain = taught(90, score=0.95, policy=Policy(budget=0.1, reserve=0.001))
     assert not served(plain.decide(0.95, 0.5, 0.0))
-    for _ in range(33):
+    for _ in range(40):
         plain.add(Label(1.0, wrong=False))
     assert served(plain.decide(0.95, 0.5, 0.0))
 
@@ -105,14 +105,14 @@ def test_a_score_below_the_grid_or_none_at_all_is_never_served_and_teaches_nothi
     outcome = evidence.decide(score, 0.5, 0.0)
     assert isinstance(outcome, Shadow)
     assert outcome.missing is None
-    assert "never served" in str(outcome)
+    assert str(outcome).startswith("never: its score is below 0.5")
     before = evidence.rungs(0.0)
     assert not evidence.add(Label(score, wrong=True))
     assert evidence.rungs(0.0) == before
 
 
 def test_of_what_could_be_served_the_agreed_share_is_audited() -> None:
-    evidence = taught(40)
+    evidence = taught(60)
     assert evidence.decide(1.0, 0.0499, 0.0) == Audit(threshold=0.98, inclusion=0.05)
     assert evidence.decide(1.0, 0.05, 0.0) == Serve(threshold=0.98)
 
@@ -209,7 +209,7 @@ def test_once_something_is_served_every_threshold_sees_served_and_refused_hits_i
 
     Dies of: `_drawn` always true; inclusion 1 for what is refused while something is served."""
     rng = random.Random(1)
-    evidence = Evidence(Policy(budget=0.1, audit_share=0.1, reserve=0.0))
+    evidence = Evidence(Policy(budget=0.1, audit_share=0.1, reserve=0.001))
     for _ in range(40):
         evidence.add(Label(1.0, wrong=False))
         evidence.add(Label(0.6, wrong=True))
@@ -224,6 +224,20 @@ def test_once_something_is_served_every_threshold_sees_served_and_refused_hits_i
     num_high, num_all = after[1.0] - before[1.0], after[0.5] - before[0.5]
     assert 400 < num_high < 600
     assert 0.45 < num_high / num_all < 0.55
+
+
+def test_what_lies_between_two_thresholds_is_shown_by_all_its_own_labels() -> None:
+    """They are refused hits, hence all labelled, while few of the served ones above them are.
+
+    Dies of: the step tested without the threshold above it being shown; undrawn labels in the uniform sample."""
+    refused = [Label(0.995, wrong=False, u=0.5, inclusion=0.05)] * 55
+    evidence = taught(36)  # one less than shows the next threshold, too
+    assert evidence.decide(0.995, 0.5, 0.0) == Shadow(inclusion=0.05, missing=1, threshold=0.99, num_audits=36)
+    for label in refused:
+        assert not evidence.add(label)
+    assert evidence.decide(0.995, 0.5, 0.0) == Serve(0.99)
+    assert [rung.num_audits for rung in evidence.rungs(0.0)[:2]] == [36, 36]
+    assert not served(Evidence.rebuild(LOOSE, refused).decide(0.995, 0.5, 0.0))
 
 
 def test_that_a_hit_was_wrong_counts_at_once_and_that_it_was_right_never() -> None:
@@ -341,7 +355,7 @@ def test_errors_fade_too() -> None:
         {"confidence": 1.0},
         {"audit_share": 0.0},
         {"audit_share": 1.1},
-        {"reserve": 1.0},
+        {"reserve": 0.0},
         {"window": 0},
         {"pane_s": 0.0},
         {"max_age_s": 60.0},

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anaphora.levels.semantic.vcache import STEEP, Entry, Fit, exploration, fitted, separable_variance
+from anaphora.levels.semantic.vcache import STEEP, Entry, Fit, Variance, exploration, fitted, separable_variance
+
+Labels = list[tuple[float, bool]]
+
+
+def fit_of(labels: Labels, variance: Variance) -> Fit | None:
+    return fitted([similarity for similarity, _ in labels], [right for _, right in labels], variance)
 
 
 def never(_: int) -> float:
@@ -42,7 +48,7 @@ def test_the_fit_finds_the_curve_that_labels_were_drawn_from() -> None:
     for _ in range(3_000):
         similarity = rng.uniform(0.5, 1.0)
         labels.append((similarity, rng.random() < 1 / (1 + math.exp(-20 * (similarity - 0.8)))))
-    fit = fitted(labels, never)
+    fit = fit_of(labels, never)
     assert fit is not None
     assert fit.threshold == pytest.approx(0.8, abs=0.01)
     assert fit.slope == pytest.approx(20, rel=0.1)
@@ -50,13 +56,15 @@ def test_the_fit_finds_the_curve_that_labels_were_drawn_from() -> None:
 
 
 def test_the_variance_of_the_threshold_is_what_repeated_fits_show() -> None:
-    rng, thresholds, variances = random.Random(2), [], []
+    rng = random.Random(2)
+    thresholds: list[float] = []
+    variances: list[float] = []
     for _ in range(200):
         labels = [(0.0, False), (1.0, True)]
         for _ in range(200):
             similarity = rng.random()
             labels.append((similarity, rng.random() < 1 / (1 + math.exp(-10 * (similarity - 0.6)))))
-        fit = fitted(labels, never)
+        fit = fit_of(labels, never)
         assert fit is not None
         thresholds.append(fit.threshold)
         variances.append(fit.variance)
@@ -66,8 +74,8 @@ def test_the_variance_of_the_threshold_is_what_repeated_fits_show() -> None:
 @given(
     st.lists(st.tuples(st.floats(min_value=0, max_value=1), st.booleans()), max_size=40), st.floats(min_value=0, max_value=1)
 )
-def test_any_labels_give_a_sound_fit_or_none(labels: list[tuple[float, bool]], similarity: float) -> None:
-    fit = fitted([(0.0, False), (1.0, True), *labels], lambda _: 0.01)
+def test_any_labels_give_a_sound_fit_or_none(labels: Labels, similarity: float) -> None:
+    fit = fit_of([(0.0, False), (1.0, True), *labels], lambda _: 0.01)
     if fit is not None:
         assert 0 <= fit.threshold <= 1
         assert fit.slope > 0
@@ -76,7 +84,7 @@ def test_any_labels_give_a_sound_fit_or_none(labels: list[tuple[float, bool]], s
 
 
 def test_separable_labels_put_the_threshold_in_the_middle_of_the_gap() -> None:
-    fit = fitted([(0.0, False), (1.0, True), (0.7, False), (0.9, True)], lambda num_labels: num_labels / 1_000)
+    fit = fit_of([(0.0, False), (1.0, True), (0.7, False), (0.9, True)], lambda num_labels: num_labels / 1_000)
     assert fit == Fit(0.8, STEEP, 0.004)
 
 

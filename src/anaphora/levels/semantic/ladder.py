@@ -9,6 +9,8 @@ from itertools import accumulate
 from anaphora.levels.semantic.bounds import EXCESS, right_needed
 
 LARGEST_BUDGET = 0.5
+STEP_SHARE = 0.2
+"""Of a threshold's α: for its own step. Labels of that are cheap while it is not served."""
 SLICE = 3
 """Steps of the grid that may be taken together, where each has few labels, to show that those just above a threshold do."""
 
@@ -53,16 +55,34 @@ def shares(num_rungs: int, reserve: float) -> list[float]:
     return [1 - rest * (num_rungs - 1), *[rest] * (num_rungs - 1)]
 
 
-def fallback(own: Sequence[float], alpha: float, shown: Callable[[int, float], bool]) -> list[tuple[bool, float]]:
-    """The fallback procedure: whether each threshold is shown, and at which part of `alpha` it was tested."""
-    tested: list[tuple[bool, float]] = []
+Enough = Callable[[int, int, float], bool]
+"""Whether so many right and so many wrong labels show an error rate below the budget, at this α."""
+
+
+def tested(sums: Counts, own: Sequence[float], alpha: float, enough: Enough) -> list[tuple[bool, float]]:
+    """The fallback procedure: whether each threshold is shown, and the α at which it was tested.
+
+    It is shown by all that reach it, sampled uniformly, or, where the threshold above is shown, by its own step, all labels.
+    """
+    found: list[tuple[bool, float]] = []
     passed_on = 0.0
     for rung, share in enumerate(own):
         level = (share + passed_on) * alpha
-        passes = level > 0 and shown(rung, level)
-        passed_on = share + passed_on if passes else 0.0
-        tested.append((passes, level))
-    return tested
+        shown = enough(sums.right[rung], sums.wrong[rung], level * (1 - STEP_SHARE if rung else 1))
+        if not shown and rung and found[-1][0]:
+            shown = enough(*own_step(sums, rung), level * STEP_SHARE)
+        passed_on = share + passed_on if shown else 0.0
+        found.append((shown, level))
+    return found
+
+
+def own_step(sums: Counts, rung: int, steps: int = 1) -> tuple[int, int]:
+    """Right and wrong ones, of all labels, that reach a threshold but not the one so many steps above."""
+    right, wrong = sums.all_right[rung], sums.all_wrong[rung]
+    if steps <= rung:
+        right -= sums.all_right[rung - steps]
+        wrong -= sums.all_wrong[rung - steps]
+    return right, wrong
 
 
 class Ladder:
@@ -74,35 +94,36 @@ class Ladder:
         self._alpha = alpha
         self._budget = budget
         self._excess = min(EXCESS * budget, LARGEST_BUDGET)
-        self._tested = fallback(own, alpha, lambda rung, level: self._missing_average(rung, level) <= 0)
+        self._tested = tested(sums, own, alpha, lambda right, wrong, level: right >= right_needed(wrong, budget, level))
         self.served: int | None = None
         """The loosest threshold that may be served."""
         for rung, (shown, _) in enumerate(self._tested):
             if shown and not bursts[rung] and self._missing_slice(rung, rung) <= 0:
                 self.served = rung
 
-    def missing(self, rung: int) -> tuple[int, int] | None:
+    def missing(self, rung: int) -> tuple[int, int]:
         """How many right labels that reach this threshold, and no stricter one, would serve them; and by which threshold."""
         ways: list[tuple[int, int]] = []
         for other in range(rung, len(self._tested)):
             level = self._tested[other][1]
             missing_slice = self._missing_slice(other, rung)
-            if level > 0 and missing_slice < math.inf:
-                ways.append((int(max(self._missing_average(other, level), self._bursts[other], missing_slice)), other))
-        return min(ways, default=None)
+            if missing_slice < math.inf:
+                whole = level * (1 - STEP_SHARE if other else 1)
+                missing = self._missing(self._sums.right[other], self._sums.wrong[other], whole)
+                if other == rung > 0 and self._tested[rung - 1][0]:
+                    missing = min(missing, self._missing(*own_step(self._sums, rung), level * STEP_SHARE))
+                ways.append((int(max(missing, self._bursts[other], missing_slice)), other))
+        return min(ways)
 
-    def _missing_average(self, rung: int, level: float) -> int:
-        return right_needed(self._sums.wrong[rung], self._budget, level) - self._sums.right[rung]
+    def _missing(self, right: int, wrong: int, level: float) -> int:
+        return right_needed(wrong, self._budget, level) - right
 
     def _missing_slice(self, rung: int, at: int) -> float:
         """For one of the slices of at most `SLICE` steps above `rung`, by labels that reach `at` and no stricter threshold."""
         best = math.inf
-        for top in range(max(0, rung + 1 - SLICE), rung + 1):
-            right, wrong = self._sums.all_right[rung], self._sums.all_wrong[rung]
-            if top:
-                right -= self._sums.all_right[top - 1]
-                wrong -= self._sums.all_wrong[top - 1]
+        for steps in range(1, min(SLICE, rung + 1) + 1):
+            right, wrong = own_step(self._sums, rung, steps)
             missing = right_needed(wrong, self._excess, self._alpha) - right
-            if missing <= 0 or top <= at:
+            if missing <= 0 or at > rung - steps:
                 best = min(best, missing)
         return best

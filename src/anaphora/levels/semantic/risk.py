@@ -6,16 +6,20 @@ or more. Serving "t or more" is allowed under a budget m while it is shown (`bou
 
 **Several thresholds.** A grid, tested from the strictest on: a threshold that is shown passes its α on to the next. A small
 `reserve` of α is shared by the thresholds below the strictest, so that a strictest one that few questions reach does not bar
-all others for ever (the fallback procedure; `reserve` 0 is plain fixed-sequence testing). The chance that any threshold is
+all others for ever (the fallback procedure, fixed-sequence testing but for the reserve). The chance that any threshold is
 ever served whose R(t) >= m is at most α. What is served is what scores at least the lowest threshold that is shown.
 
-**Uniform samples.** What is not served is computed anyway, hence labelled; what is served is audited if its u, uniform in
-[0, 1), is below `audit_share`. As soon as something is served, a label counts only if its u is below `audit_share`, whatever
-its score: so every threshold sees each would-be hit above it with one and the same probability (`inclusion`).
+**Two ways.** Below the strictest, a threshold is shown either by all that reach it or, if the one above is shown, by its own
+step alone: what lies between the two. If both parts err less than m, so does the whole. The second way has a share of the α,
+`STEP_SHARE`.
 
-**Slices.** That bound is an average: where nearly all hits are near-certain, a few poor ones hide among them. So the scores
-just above a threshold must also be shown, by labels of their own, to err less than `EXCESS` budgets. This only ever takes
-serving away. All labels of a slice count here, drawn or not: within a slice all had the same chance of being labelled.
+**Uniform samples.** What is not served is computed anyway, hence labelled; what is served is audited if its u, uniform in
+[0, 1), is below `audit_share`. As soon as something is served, a label counts for "all that reach it" only if its u is below
+`audit_share`, whatever its score: so every threshold sees each would-be hit above it with one and the same probability
+(`inclusion`). Within one step all have the same chance anyway, so all labels count there.
+
+**Slices.** An average hides a few poor hits among many that are near-certain. So the scores just above a threshold must also be
+shown, by labels of their own, to err less than `EXCESS` budgets. This only ever takes serving away.
 
 **Feedback.** "That was wrong" adds an error without a draw: E only gets smaller, so the bound stays sound. "That was right"
 adds nothing: whoever says so chose to, and a bound made of volunteers would be too low. Imported labels count if
@@ -38,7 +42,7 @@ import msgspec
 
 from anaphora.errors import ConfigError
 from anaphora.levels.semantic.bounds import Burst, log_evidence, smallest
-from anaphora.levels.semantic.ladder import LARGEST_BUDGET, Counts, Ladder, fallback, shares
+from anaphora.levels.semantic.ladder import LARGEST_BUDGET, Counts, Enough, Ladder, shares, tested
 
 GRID = (1.0, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 """Thresholds, strictest first. Nothing below the last is ever served."""
@@ -69,7 +73,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ("risk", SMALLEST_BUDGET <= self.budget <= LARGEST_BUDGET, f"at least {SMALLEST_BUDGET}, at most {LARGEST_BUDGET}"),
             ("confidence", 0.5 <= self.confidence < 1, "at least 0.5, below 1"),
             ("audit_share", 0 < self.audit_share <= 1, "above 0 (hits that nobody checks cannot be promised), at most 1"),
-            ("reserve", 0 <= self.reserve < 1, "at least 0, below 1"),
+            ("reserve", 0 < self.reserve < 1, "between 0 and 1"),
             ("window", self.window >= 1, "at least 1"),
             ("max_age_s", self.max_age_s >= self.pane_s > 0, "at least pane_s, which must be above 0"),
         ):
@@ -109,7 +113,7 @@ class Shadow(msgspec.Struct, frozen=True):
 
     inclusion: float
     missing: int | None = None
-    """Audits without an error, of hits like this one, after which it would be served; None: never, the score is too low."""
+    """Audits without an error, of hits like this one, after which it would be served. None: never; the score is too low, or the budget."""
     threshold: float = GRID[-1]
     """What `missing`, `num_audits` and `num_wrong` are about: hits that score at least so much."""
     num_audits: int = 0
@@ -119,7 +123,7 @@ class Shadow(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         if self.missing is None:
-            return f"what scores below {self.threshold:g} is never served"
+            return f"never: its score is below {self.threshold:g}, or there is no budget"
         audits = "1 more audit" if self.missing == 1 else f"about {self.missing:,} more audits"
         known = f"{self.num_wrong:,} of {self.num_audits:,} were wrong{' in a burst' if self.burst else ''}"
         return f"{audits} without an error, of hits scored {self.threshold:g} or more (so far {known})"
@@ -199,16 +203,15 @@ class Evidence:
         table = self._table(self.policy.budget, now)
         sums = self._counts.reaching()
 
+        def enough_for(budget: float) -> Enough:
+            return lambda right, wrong, alpha: log_evidence(right, wrong, budget) >= -math.log(alpha)
+
         @cache
-        def tested(budget: float) -> list[tuple[bool, float]]:
-            return fallback(
-                self._own,
-                self._alpha,
-                lambda rung, alpha: log_evidence(sums.right[rung], sums.wrong[rung], budget) >= -math.log(alpha),
-            )
+        def at(budget: float) -> list[tuple[bool, float]]:
+            return tested(sums, self._own, self._alpha, enough_for(budget))
 
         def shown(rung: int) -> Callable[[float], bool]:
-            return lambda budget: tested(budget)[rung][0]
+            return lambda budget: at(budget)[rung][0]
 
         rungs = []
         for rung, threshold in enumerate(self._grid):
@@ -262,10 +265,9 @@ class Evidence:
         return _Table(ladder, threshold, self.policy.audit_share)
 
     def _shadow(self, table: _Table, rung: int | None) -> Shadow:
-        way = table.ladder.missing(rung) if table.ladder is not None and rung is not None else None
-        if way is None:
+        if table.ladder is None or rung is None:
             return Shadow(table.inclusion, threshold=self._grid[-1])
-        missing, by = way
+        missing, by = table.ladder.missing(rung)
         right, wrong = sum(self._counts.right[: by + 1]), sum(self._counts.wrong[: by + 1])
         return Shadow(table.inclusion, missing, self._grid[by], right + wrong, wrong, self._bursts[by].on)
 

@@ -19,6 +19,7 @@ from statistics import NormalDist
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 MIN_LABELS = 6
 """The two that every entry begins with are among them."""
@@ -29,6 +30,7 @@ FLATTEST = 1e-6
 _EPSILONS = [1e-6 + (1 - 2e-6) * i / 49 for i in range(50)]
 _BOUNDS = [(1 - epsilon, NormalDist().inv_cdf(1 - epsilon)) for epsilon in _EPSILONS]
 
+Floats = npt.NDArray[np.float64]
 Variance = Callable[[int], float]
 """Of t, after so many labels, where they are separable."""
 
@@ -45,32 +47,27 @@ def exploration(similarity: float, fit: Fit, budget: float) -> float:
     taus = []
     for confidence, quantile in _BOUNDS:
         threshold = min(1.0, max(0.0, fit.threshold + quantile * deviation))
-        taus.append(1 - budget / (1 - confidence * _logistic(fit.slope * (similarity - threshold))))
+        taus.append(1 - budget / (1 - confidence * 0.5 * (1 + math.tanh(fit.slope * (similarity - threshold) / 2))))
     return min(taus)
 
 
-def fitted(labels: Sequence[tuple[float, bool]], variance: Variance) -> Fit | None:
-    """None: the fit failed. `labels` hold a right and a wrong one."""
-    lowest_right = min(similarity for similarity, right in labels if right)
-    highest_wrong = max(similarity for similarity, right in labels if not right)
+def fitted(similarities: Sequence[float], right: Sequence[bool], variance: Variance) -> Fit | None:
+    """None: the fit failed. There are a right and a wrong one among the labels."""
+    s, c = np.asarray(similarities, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    lowest_right, highest_wrong = float(s[c > 0].min()), float(s[c == 0].max())
     if lowest_right >= highest_wrong:
-        return Fit((lowest_right + highest_wrong) / 2, STEEP, variance(len(labels)))
-    found = _maximum_likelihood(labels)
+        return Fit((lowest_right + highest_wrong) / 2, STEEP, variance(len(s)))
+    found = _maximum_likelihood(s, c)
     if found is None:
         return None
-    intercept, slope = found
-    slope = max(slope, FLATTEST)
+    intercept, slope = found[0], max(found[1], FLATTEST)
     # How uncertain t = -intercept / slope is, to first order, from the information that the labels have.
-    a = b = c = 0.0
-    for similarity, _ in labels:
-        p = _logistic(intercept + slope * similarity)
-        weight = p * (1 - p)
-        a, b, c = a + weight, b + weight * similarity, c + weight * similarity * similarity
-    determinant = a * c - b * b
+    w00, w01, w11 = _information(s, _logistic(intercept + slope * s))
+    determinant = w00 * w11 - w01 * w01
     if not determinant > 0:
         return None
     by_intercept, by_slope = -1 / slope, intercept / slope**2
-    spread = (c * by_intercept**2 - 2 * b * by_intercept * by_slope + a * by_slope**2) / determinant
+    spread = (w11 * by_intercept**2 - 2 * w01 * by_intercept * by_slope + w00 * by_slope**2) / determinant
     return Fit(min(1.0, max(0.0, -intercept / slope)), slope, max(0.0, spread))
 
 
@@ -78,13 +75,16 @@ class Entry:
     """The labels of one cached answer."""
 
     def __init__(self, variance: Variance) -> None:
-        self._labels = [(0.0, False), (1.0, True)]
+        self._similarities = [0.0, 1.0]
+        self._right = [False, True]
         self._variance = variance
         self._fit: Fit | None = None
 
     def add(self, similarity: float, *, right: bool) -> None:
-        self._labels.append((round(similarity, DIGITS), right))
-        self._fit = fitted(self._labels, self._variance) if len(self._labels) >= MIN_LABELS else None
+        self._similarities.append(round(similarity, DIGITS))
+        self._right.append(right)
+        enough = len(self._right) >= MIN_LABELS
+        self._fit = fitted(self._similarities, self._right, self._variance) if enough else None
 
     def serves(self, similarity: float, u: float, budget: float) -> bool:
         """`u`: drawn from [0, 1) for this question."""
@@ -109,43 +109,38 @@ def separable_variance(similarities: Sequence[float], *, seed: int, num_draws: i
     return lambda num_labels: table[min(max(num_labels - 2, 0), len(table) - 1)]
 
 
-def _logistic(x: float) -> float:
-    if x >= 0:
-        return 1 / (1 + math.exp(-x))
-    power = math.exp(x) if x > -700 else 0.0
-    return power / (1 + power)
+def _logistic(x: Floats) -> Floats:
+    return 0.5 * (1 + np.tanh(x / 2))
 
 
-def _maximum_likelihood(labels: Sequence[tuple[float, bool]]) -> tuple[float, float] | None:
+def _information(s: Floats, p: Floats) -> tuple[float, float, float]:
+    weight = p * (1 - p)
+    return float(weight.sum()), float(weight @ s), float(weight @ (s * s))
+
+
+def _maximum_likelihood(s: Floats, c: Floats) -> tuple[float, float] | None:
     """Intercept and slope, by Newton's method with steps halved until they help. None: no maximum in reach."""
+
+    def log_likelihood(intercept: float, slope: float) -> float:
+        x = np.where(c > 0, 1.0, -1.0) * (intercept + slope * s)
+        return -float(np.logaddexp(0.0, -x).sum())
+
     intercept = slope = 0.0
-    likelihood = _log_likelihood(labels, intercept, slope)
+    likelihood = log_likelihood(intercept, slope)
     for _ in range(100):
-        g0 = g1 = a = b = c = 0.0
-        for similarity, right in labels:
-            p = _logistic(intercept + slope * similarity)
-            weight, miss = p * (1 - p), right - p
-            g0, g1 = g0 + miss, g1 + miss * similarity
-            a, b, c = a + weight, b + weight * similarity, c + weight * similarity * similarity
-        determinant = a * c - b * b
+        p = _logistic(intercept + slope * s)
+        g0, g1 = float((c - p).sum()), float((c - p) @ s)
+        w00, w01, w11 = _information(s, p)
+        determinant = w00 * w11 - w01 * w01
         if determinant <= 1e-300:
             return None
-        step0, step1 = (c * g0 - b * g1) / determinant, (a * g1 - b * g0) / determinant
+        step0, step1 = (w11 * g0 - w01 * g1) / determinant, (w00 * g1 - w01 * g0) / determinant
         if step0 * g0 + step1 * g1 < 1e-12:  # twice what the likelihood could still gain
             return intercept, slope
         scale = 1.0
-        while (better := _log_likelihood(labels, intercept + scale * step0, slope + scale * step1)) < likelihood:
+        while (better := log_likelihood(intercept + scale * step0, slope + scale * step1)) < likelihood:
             scale /= 2
             if scale < 1e-12:
                 return intercept, slope
         intercept, slope, likelihood = intercept + scale * step0, slope + scale * step1, better
     return None
-
-
-def _log_likelihood(labels: Sequence[tuple[float, bool]], intercept: float, slope: float) -> float:
-    total = 0.0
-    for similarity, right in labels:
-        x = intercept + slope * similarity
-        x = x if right else -x
-        total -= math.log1p(math.exp(-x)) if x > -700 else -x
-    return total
