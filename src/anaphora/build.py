@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
+
+import msgspec
 
 from anaphora.accounting import Accounting
 from anaphora.backends.base import Backend, Measuring
@@ -22,7 +25,7 @@ from anaphora.memory import AnswerLevel, Memory
 from anaphora.policies.base import Policy
 from anaphora.profiles import named
 from anaphora.promises import Books
-from anaphora.registry import BACKENDS, LEVELS, POLICIES, ROUTING, TIERS
+from anaphora.registry import BACKENDS, ENCODERS, LEVELS, POLICIES, ROUTING, TIERS
 from anaphora.store import Store, StoreOptions
 from anaphora.tiers.base import Eviction, Tier, eviction
 from anaphora.types import Key
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from anaphora.backends.engine import EngineOptions
     from anaphora.backends.engine_ipc import Status
     from anaphora.backends.optimising import Optimising
+    from anaphora.embeddings import Embeddings
     from anaphora.fleet import Fleet
     from anaphora.ledger.allowance import Allowance
     from anaphora.tiers.valkey import ValkeyTier
@@ -74,6 +78,7 @@ def build(
         catalogue,
         accounting=accounting,
         allowance=allowance,
+        embeddings=_embeddings(config, catalogue, fleet, allowance, clock, emit),
         stale=stale,
         forgets=forgets,
         clock=clock,
@@ -220,12 +225,46 @@ def _exact(config: CacheConfig, clock: Clock, emit: Emit) -> AnswerLevel:
     stale_s = max(config.stale_if_error_s, config.stale_while_revalidate_s) if config.ttl_s else 0.0
     options = ExactOptions(sampled=config.sampled, stale_s=stale_s)
     ttl_s = config.ttl_s + stale_s or None
-    store = Store(_tiers(config, clock, emit), clock=clock, options=StoreOptions(ttl_s=ttl_s), emit=emit)
+    store = Store(_tiers(config, "answers", clock, emit), clock=clock, options=StoreOptions(ttl_s=ttl_s), emit=emit)
     return cast(AnswerLevel, LEVELS.load("exact")(options, store=store, clock=clock))
 
 
-def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
-    """Memory, over this machine's disk, over the server that machines share."""
+def _embeddings(
+    config: Config, catalogue: Catalogue, fleet: Fleet | None, allowance: Allowance | None, clock: Clock, emit: Emit
+) -> Embeddings | None:
+    """None where there is nothing to do: without NumPy, what upstreams answer passes through."""
+    settings = config.embeddings
+    hosting = fleet if settings.remember and importlib.util.find_spec("numpy") else None
+    if not settings.models and hosting is None:
+        return None
+    if not importlib.util.find_spec("numpy"):
+        raise ConfigError("embeddings.models: NumPy is not installed: install anaphora[embeddings]")
+    from anaphora.backends.encoders.encoding import Encoders
+    from anaphora.embeddings import Embeddings
+    from anaphora.levels.embedding import EmbeddingLevel, EmbeddingOptions
+
+    cache = msgspec.structs.replace(config.cache, ram=settings.ram, disk=settings.disk, shared_size=settings.shared_size)
+    options = StoreOptions(ttl_s=settings.ttl_s or None)
+    store = Store(_tiers(cache, "embeddings", clock, emit), clock=clock, options=options, emit=emit)
+    level = EmbeddingLevel(EmbeddingOptions(storage=settings.storage), store=store, clock=clock, emit=emit)
+    try:
+        return Embeddings(
+            level,
+            Encoders(ENCODERS.load, threads=settings.threads),
+            settings.models,
+            catalogue=catalogue,
+            hosting=hosting,
+            allowance=allowance,
+            remember=settings.remember,
+            clock=clock,
+            emit=emit,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"embeddings.models: {error}") from error
+
+
+def _tiers(config: CacheConfig, part: str, clock: Clock, emit: Emit) -> list[Tier]:
+    """Memory, over this machine's disk, over the server that machines share; `part` is the place of what is kept there."""
     from anaphora.tiers.disk import DiskOptions
     from anaphora.tiers.following import following
     from anaphora.tiers.ram import RamOptions
@@ -233,9 +272,9 @@ def _tiers(config: CacheConfig, clock: Clock, emit: Emit) -> list[Tier]:
     policy = cast(Policy[Key], POLICIES.load(config.policy)())
     leaving = eviction(config.policy, tenant_share=config.tenant_share)
     tiers = [cast(Tier, TIERS.load("ram")(RamOptions(config.ram, leaving), policy=policy, clock=clock, emit=emit))]
-    shared = shared_tier(config, "answers", config.shared_size, leaving, clock=clock, emit=emit) if config.shared else None
+    shared = shared_tier(config, part, config.shared_size, leaving, clock=clock, emit=emit) if config.shared else None
     if config.disk:
-        folder = _folder(config) / "answers"
+        folder = _folder(config) / part
         disk = cast(Tier, TIERS.load("disk")(DiskOptions(str(folder), config.disk, eviction=leaving), clock=clock, emit=emit))
         if shared is not None:
             disk = following(disk, shared, folder, config.shared)

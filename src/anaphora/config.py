@@ -295,6 +295,26 @@ class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Export OpenTelemetry spans and metrics, as the OTEL_* variables say."""
 
 
+class EmbeddingsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Texts to vectors, each text once."""
+
+    models: tuple[Name, ...] = ()
+    """Encoders that are served: `minilm`, `e5`, `static`. Upstreams' models need not be named."""
+    threads: Positive = 1
+    """Of each encoder."""
+    remember: bool = True
+    """False: every text is computed, also those that are sent to upstreams."""
+    storage: Literal["float16", "int8", "float32"] = "float16"
+    """How vectors are kept, and given."""
+    ram: Size = 64 * MIB
+    disk: Size = 1 * GIB
+    """In `cache.dir`/embeddings. 0: vectors are kept in memory only."""
+    shared_size: Size = 1 * GIB
+    """On the server at `cache.shared`, if there is one."""
+    ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Seconds a vector stays valid. 0: until it is evicted."""
+
+
 Risk = Annotated[float, msgspec.Meta(gt=0, le=0.5)]
 SemanticMode = Literal["off", "shadow", "on"]
 
@@ -340,6 +360,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
     ledger: LedgerConfig = msgspec.field(default_factory=LedgerConfig)
+    embeddings: EmbeddingsConfig = msgspec.field(default_factory=EmbeddingsConfig)
     semantic: SemanticConfig = msgspec.field(default_factory=SemanticConfig)
 
 
@@ -376,6 +397,7 @@ SHORT_VARIABLES = {
     "cache.shared": "ANAPHORA_SHARED",
     "gateway.upstreams": "ANAPHORA_UPSTREAMS",
     "gateway.optimiser": "ANAPHORA_OPTIMISER",
+    "embeddings.models": "ANAPHORA_EMBEDDINGS",
     "semantic.mode": "ANAPHORA_SEMANTIC",
 }
 OTHER_VARIABLES = ("ANAPHORA_CONFIG", "ANAPHORA_DATA", "ANAPHORA_URL", "ANAPHORA_API_KEY")
@@ -439,6 +461,7 @@ def load(
         cache=CacheConfig(**values.get("cache", {})),
         gateway=GatewayConfig(**values.get("gateway", {})),
         ledger=LedgerConfig(**values.get("ledger", {})),
+        embeddings=EmbeddingsConfig(**values.get("embeddings", {})),
         semantic=SemanticConfig(**values.get("semantic", {})),
     )
     _check(config, environ)
@@ -609,7 +632,7 @@ def _structured(setting: Setting, text: str) -> Any:
             raise ValueError(f"expected JSON: {error}") from error
     if setting.path == "gateway.optimiser":
         return {"mode": text}
-    if setting.path in ("engine.aliases", "engine.profile"):
+    if setting.path in ("engine.aliases", "engine.profile", "embeddings.models"):
         return [item.strip() for item in text.split(",") if item.strip()]
     if setting.path == "cache.sampled" and text.startswith("buckets="):
         return {"buckets": text.removeprefix("buckets=")}

@@ -49,7 +49,7 @@ class MissReason(StrEnum):
     UNVERIFIED = "unverified"
     """The nearest question was not found to ask the same."""
     SHADOW = "shadow"
-    """There is an answer to the same question in other words, but it is not known yet that such answers are right often enough."""
+    """There is an answer to the same question in other words, but not yet the evidence that such answers are right."""
     FAILED = "failed"
     """A step of the comparison failed. It is a miss, whatever the others said."""
     AUDITED = "audited"
@@ -213,6 +213,20 @@ class Answered(msgspec.Struct, frozen=True):
     """Nobody waited for it: its client was given an older answer, as another event tells."""
     audit: bool = False
     """It was computed though an answer to the same question in other words might have been given: to see if that was right."""
+    known: Usage | None = None
+    """Of what did not have to be computed, where a part had to: `usage` is of that part alone."""
+
+
+class Embedded(msgspec.Struct, frozen=True):
+    """A client's texts were turned into vectors."""
+
+    tenant: Tenant
+    model: str
+    num_hits: int
+    """Texts whose vector was remembered."""
+    num_computed: int
+    num_shared: int
+    """Texts that came twice, or that another request was having computed already."""
 
 
 class Billed(msgspec.Struct, frozen=True):
@@ -300,6 +314,7 @@ Event = (
     | Forgotten
     | Computed
     | Answered
+    | Embedded
     | Billed
     | Compared
     | Judged

@@ -26,6 +26,7 @@ from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, Delta, Key, ModelInfo, Request, Scope
 
 if TYPE_CHECKING:
+    from anaphora.embeddings import EmbeddingAnswer, EmbeddingRequest, Embeddings  # as is NumPy
     from anaphora.fleet import Fleet  # its HTTP client is of no use to who only computes here
     from anaphora.ledger.allowance import Allowance
 
@@ -52,6 +53,8 @@ class Receipt(msgspec.Struct, frozen=True):
     answers: tuple[Forgotten, ...]
     backend: int
     promises: int = 0
+    embeddings: Forgotten | None = None
+    """In the cache of vectors of texts. None: there is none."""
 
 
 class Stale(msgspec.Struct, frozen=True):
@@ -77,6 +80,7 @@ class Gateway:
         *,
         accounting: Accounting | None = None,
         allowance: Allowance | None = None,
+        embeddings: Embeddings | None = None,
         stale: Stale = Stale(),  # noqa: B008 (frozen)
         forgets: Forgets | None = None,
         clock: Clock | None = None,
@@ -87,6 +91,7 @@ class Gateway:
         self._catalogue = catalogue
         self._accounting = accounting
         self._allowance = allowance
+        self._embeddings = embeddings
         self._stale = stale
         self._num_landed = 0
         self._latest: OrderedDict[Key, int] = OrderedDict()
@@ -101,6 +106,8 @@ class Gateway:
         self._on_forget: list[Callable[[Scope], object]] = []
 
     async def start(self) -> None:
+        if self._embeddings is not None:
+            self._embeddings.start()
         await self._backend.start()
 
     async def aclose(self) -> None:
@@ -108,8 +115,10 @@ class Gateway:
         await self._flights.aclose()
         if self._refreshing:
             await asyncio.wait(self._refreshing)
+        await self._memory.aclose()  # before what it asks
+        if self._embeddings is not None:
+            await self._embeddings.aclose()
         await self._backend.aclose()
-        await self._memory.aclose()
 
     def ready(self) -> bool:
         return self._backend.ready()
@@ -227,12 +236,28 @@ class Gateway:
         if_error_s = self._stale.if_error_s if control.stale_if_error_s is None else control.stale_if_error_s
         return Live(subscription, source, recalled, meter, bill, lambda: self._older(request, control, recalled, if_error_s))
 
+    @property
+    def embeddings(self) -> Embeddings | None:
+        """What turns texts into vectors. None: nothing here does."""
+        return self._embeddings
+
+    async def embed(self, request: EmbeddingRequest, control: CacheControl = NO_DIRECTIVES) -> EmbeddingAnswer:
+        """Vectors of texts. Raises LimitReached, and what `Embeddings.embed` raises; there must be `embeddings`."""
+        assert self._embeddings is not None
+        self.heed()
+        if self._allowance is not None:
+            self._allowance.admit(request.tenant)
+        return await self._embeddings.embed(request, control)
+
     async def models(self) -> tuple[ModelInfo, ...]:
-        return await self._catalogue.all()
+        """None where there are only upstreams that name none: they know better."""
+        models = await self._catalogue.all()
+        return models if self._embeddings is None or not models else (*models, *self._embeddings.models())
 
     async def model(self, name: str) -> ModelInfo:
         """Raises ModelNotFound."""
-        return await self._catalogue.get(name)
+        own = None if self._embeddings is None else self._embeddings.model(name)
+        return await self._catalogue.get(name) if own is None else own
 
     async def count_tokens(self, request: Request, prompt: Prompt | None = None) -> int:
         """Prompt tokens of `request`, whatever is cached; with `prompt`, as they are accounted for."""
@@ -253,7 +278,8 @@ class Gateway:
             self._forgets.tell(scope)  # first: nothing that another one looks up or learns from here on is of before
         promises = self._drop(scope)
         answers = await self._memory.forget(scope)
-        return Receipt(answers, await self._backend.forget(scope), promises)
+        embeddings = None if self._embeddings is None else await self._embeddings.forget(scope)
+        return Receipt(answers, await self._backend.forget(scope), promises, embeddings)
 
     def heed(self) -> None:
         """Forget here what any gateway process of this server was asked to forget since the last call. Immediate."""
@@ -262,6 +288,8 @@ class Gateway:
         for scope in self._forgets.news():
             self._drop(scope)
             try:
+                if self._embeddings is not None:
+                    self._embeddings.drop(scope)
                 self._memory.drop(scope)
             except Exception as error:  # as in `_recall`
                 self._cache_failed("drop", error)
@@ -285,8 +313,9 @@ class Gateway:
         return PromiseStats() if self._accounting is None else self._accounting.stats
 
     async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
-        """Level name → tier name → figures of the answer cache."""
-        return await self._memory.stats()
+        """Level name → tier name → figures of the answer cache, and of that of embeddings."""
+        stats = await self._memory.stats()
+        return stats if self._embeddings is None else {**stats, "embedding": await self._embeddings.stats()}
 
     # -- what landed ---------------------------------------------------------------------------------------------------
 

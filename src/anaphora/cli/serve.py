@@ -20,6 +20,7 @@ FLAGS = (
     ("engine.kv_codec", "--kv-codec", "NAME", "how KV is stored outside --kv-memory: raw, zstd, int8, int4"),
     ("gateway.upstreams", "--upstreams", "NAME=URL,...", "hosted APIs to stand in front of, instead of a model of one's own"),
     ("gateway.optimiser", "--optimiser", "MODE", "lay prompts out for the upstreams' own caches: off, advise or on"),
+    ("embeddings.models", "--embeddings", "NAME,...", "encoders to serve: minilm, e5, static"),
     ("semantic.mode", "--semantic", "MODE", "answer questions asked before in other words: off, shadow or on"),
     ("cache.dir", "--cache-dir", "DIR", "where answers and converted models are kept"),
     ("cache.shared", "--shared", "URL", "Valkey or Redis server that shares answers, such as redis://host:6379/0"),

@@ -83,7 +83,8 @@ class Ledger:
             return
         source, usage = event.source, event.usage
         if source not in ("hit", "collapsed"):
-            self._add(event.tenant, num_requests=1)
+            known = 0 if event.known is None else event.known.prompt_tokens
+            self._add(event.tenant, num_requests=1, saved_input_tokens=known, saved_s=event.saved_s if known else 0.0)
             return
         self._add(
             event.tenant,

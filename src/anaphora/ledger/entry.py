@@ -48,9 +48,10 @@ class Entry(msgspec.Struct, array_like=True):
     """The model, as whoever answered names it."""
     upstream: str
     level: str
-    """Who answered: a level of memory (`exact`), `collapsed` (another request's computation), `computed`, `bypass`; `audit`: computed
-    to see whether a remembered answer to the same question in other words would have been right. `refresh`:
-    nobody was answered, but an answer past its lifetime, which somebody was given, was computed anew. It is no request."""
+    """Who answered: a level of memory (`exact`, `embedding`), `collapsed` (another request's computation), `computed`,
+    `bypass`; `audit`: computed to see whether a remembered answer to the same question in other words would have been right.
+    `refresh`: nobody was answered, but an answer past its lifetime, which somebody was given, was computed anew. It is no
+    request."""
     outcome: Literal["finished", "failed", "left"]
     input: int = 0
     """Tokens of the prompt at the plain price; those read and written are counted apart."""
@@ -124,6 +125,8 @@ def entry(event: Answered, at_s: float, pricing: Pricing, computed: Usage | None
         usage = computed or event.begun or NO_USAGE
         made.estimated = int(computed is None and usage != NO_USAGE)
     charge(made, usage, pricing)
+    if event.known is not None and event.outcome == "finished":
+        _save(made, event.known, pricing)
     if event.upstream and event.outcome == "finished" and not usage.prompt_tokens:
         made.priced = 0  # the upstream did not say what it took: not that it took nothing
     return made

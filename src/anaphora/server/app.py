@@ -16,6 +16,7 @@ from starlette.types import Scope as Connection
 
 from anaphora.errors import MethodNotAllowed, NotFound, ServiceError
 from anaphora.server import routes
+from anaphora.server.embeddings import EmbeddingsEndpoint
 from anaphora.server.endpoint import OPENAI, Api, dialect_of
 from anaphora.server.foreign import METHODS, Elsewhere
 from anaphora.server.ledger import LedgerPage
@@ -43,6 +44,7 @@ class App:
         self._rest = Starlette(
             routes=[
                 *post,
+                Route("/v1/embeddings", EmbeddingsEndpoint(api), methods=["POST"]),
                 Route("/v1/messages/count_tokens", routes.CountTokens(api, anthropic), methods=["POST"]),
                 Route("/v1/models", routes.Models(api), methods=["GET"]),
                 Route("/v1/models/{id:path}", routes.Models(api), methods=["GET"]),

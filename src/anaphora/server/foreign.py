@@ -22,7 +22,9 @@ class Elsewhere(Endpoint):
     request where the tenant has limits."""
 
     async def answer(self, call: Call) -> None:
-        body = await call.body()
+        await self.pass_on(call, await call.body())
+
+    async def pass_on(self, call: Call, body: bytes) -> None:
         connection = call.connection
         query = connection["query_string"].decode("latin-1")
         path = connection["path"] + (f"?{query}" if query else "")

@@ -23,6 +23,7 @@ from anaphora.events import (
     Computed,
     Damaged,
     Dropped,
+    Embedded,
     Event,
     Evicted,
     Failed,
@@ -147,6 +148,7 @@ class Metrics:
         self.judged = _Counter(
             sums, "anaphora:semantic_judged", "Answers in other words found right or wrong.", ("source", "wrong")
         )
+        self.texts = _Counter(sums, "anaphora:embedding_texts", "Texts by where their vectors came from.", ("model", "source"))
         self.stored = _Counter(sums, "anaphora:cache_stored", "Answers learned.", ("level",))
         self.refused = _Counter(sums, "anaphora:cache_refused", "Answers not learned.", ("level", "reason"))
         self.evicted = _Counter(sums, "anaphora:cache_evicted", "Entries that made room.", ("tier",))
@@ -173,6 +175,10 @@ class Metrics:
                 self.compared.add(1, event.outcome, event.step)
             case Judged():
                 self.judged.add(1, event.source, "true" if event.wrong else "false")
+            case Embedded():
+                self.texts.add(event.num_hits, event.model, "hit")
+                self.texts.add(event.num_computed, event.model, "computed")
+                self.texts.add(event.num_shared, event.model, "shared")
             case Stored():
                 self.stored.add(1, event.level)
             case Refused():

@@ -53,7 +53,7 @@ class OpenAIDialect(Dialect):
         try:
             return self._read(fields, tenant)
         except FieldError as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
 
     def _read(self, body: Json, tenant: Tenant) -> Parsed:
         raise NotImplementedError
@@ -220,7 +220,8 @@ _TYPE_NAMES = {
 }
 
 
-def _refusal(error: FieldError) -> InvalidRequest:
+def refusal(error: FieldError) -> InvalidRequest:
+    """What is wrong with a field, in OpenAI's words."""
     path = path_text(error.path)
     number = "decimal" if isinstance(error.got, float) else "integer"
     code = "invalid_value"
