@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -16,8 +17,8 @@ class Facts(msgspec.Struct, frozen=True):
     """Values of marked words and phrases by their group, each as often as it comes."""
     turning: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Words that have opposites, as written in the lexicon or by stem, with the pairs they belong to."""
-    words: tuple[str, ...] = ()
-    """Stems of single words that carry content."""
+    words: frozenset[str] = frozenset()
+    """Single words that carry content: in lower case, and their stems."""
     numbers: tuple[Number, ...] = ()
     names: frozenset[str] = frozenset()
     """What is written with a capital where words are not, and what has letters and digits. By stem."""
@@ -29,6 +30,8 @@ class Facts(msgspec.Struct, frozen=True):
     """Whose: John's."""
     roles: Mapping[str, str] = {}
     """Of words that come once: the preposition they stand after, or nothing."""
+    governed: frozenset[str] = frozenset()
+    """Words straight after a preposition."""
     order: tuple[str, ...] = ()
     """Words without a preposition, in their order."""
     agents: frozenset[str] = frozenset()
@@ -52,16 +55,22 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
         if opposites and all(group != "negation" for group, _ in own):
             turning.append((key, opposites))
     roles, order, agents = _roles(tokens, words)
+    governed = frozenset(
+        token.stem
+        for before, token in pairwise(token for token in tokens if token.content or token.low in words.prepositions)
+        if token.content and before.low in words.prepositions
+    )
     return Facts(
         marks=marks,
         turning=tuple(turning),
-        words=tuple(token.stem for token in tokens if token.content and token.kind == "word"),
+        words=frozenset(part for token in tokens if token.content and token.kind == "word" for part in (token.low, token.stem)),
         numbers=numbers_of(tokens, words),
         names=_names(tokens, words, found),
         known=frozenset(part for token in tokens for part in (token.low, token.stem)),
         codes=tuple(sorted(token.text for token in tokens if token.kind == "code")),
         owners=frozenset(token.stem for token in tokens if token.text[:1].isupper() and token.text.endswith("'s")),
         roles=roles,
+        governed=governed,
         order=order,
         agents=agents,
         question=_question(tokens, found),
@@ -139,13 +148,16 @@ def _names(tokens: Sequence[Token], words: Lexicon, found: Sequence[_Found]) -> 
     return frozenset(names)
 
 
+_SAME_ROLE = {"со": "с", "во": "в", "ко": "к", "обо": "о", "об": "о", "изо": "из", "del": "de", "al": "a", "vs": "versus"}
+
+
 def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], tuple[str, ...], frozenset[str]]:
     roles: dict[str, str] = {}
     order, twice = [], set()
     role = ""
     for token in tokens:
         if token.low in words.prepositions:
-            role = token.low
+            role = _SAME_ROLE.get(token.low, token.low)
         elif token.low in words.asking:
             role = ""  # in which year did he
         elif token.content:

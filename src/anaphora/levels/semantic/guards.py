@@ -179,9 +179,8 @@ def _turned(a: Prepared, b: Prepared) -> frozenset[str]:
 def _derived(a: Prepared, b: Prepared) -> bool:
     """Lock and unlock, import and export, useful and useless."""
     prefixes = lexicon(a.language or "en").prefixes
-    one, other = set(a.facts.words), set(b.facts.words)
-    for word in one - other:
-        for against in other - one:
+    for word in a.facts.words - b.facts.words:
+        for against in b.facts.words - a.facts.words:
             if word[-1] == against[-1]:
                 same = 0
                 while same < min(len(word), len(against)) and word[-1 - same] == against[-1 - same]:
@@ -227,6 +226,12 @@ def _reversed(a: Facts, b: Facts) -> bool:
         return False
     place = {word: number for number, word in enumerate(b.order)}
     there = [place[word] for word in a.order if word in place]
+    if (
+        len(there) == 2
+        and there[0] > there[1]
+        and (set(a.order) & set(b.order) <= a.names & b.names or a.question == b.question == "who")
+    ):
+        return True  # what did Ann tell Bob; who beat Brazil, who did Brazil beat
     return any(max(there[:middle]) > there[middle] > min(there[middle + 1 :]) for middle in range(1, len(there) - 1))
 
 
@@ -254,10 +259,13 @@ def _question(a: Prepared, b: Prepared) -> bool:
 
 
 _CERTAIN = ("who", "when", "where", "why", "many", "long", "far", "old", "often", "tall", "big", "fast")
-_NEAR = {frozenset(pair) for pair in (("when", "long"), ("far", "long"), ("tall", "big"), ("often", "many"), ("big", "many"))}
+_NEAR = {
+    frozenset(pair)
+    for pair in (("when", "long"), ("far", "long"), ("tall", "big"), ("often", "many"), ("big", "many"), ("many", "long"))
+}
 _OTHER_QUESTIONS: Final = (
     {frozenset((one, other)) for one in _CERTAIN for other in _CERTAIN if one != other}
-    | {frozenset(pair) for pair in (("how", "why"), ("how", "who"), ("how", "many"), ("how", "much"), ("much", "long"))}
+    | {frozenset(pair) for pair in (("how", "why"), ("how", "who"), ("how", "many"), ("how", "much"))}
     | {frozenset(("much", one)) for one in ("who", "when", "where", "why", "often", "old")}
 ) - _NEAR
 
@@ -296,7 +304,11 @@ def _scope(a: Prepared, b: Prepared) -> bool:
 def _added(a: Prepared, b: Prepared) -> bool:
     """`b` says all that `a` does, and narrows it: a refund, a refund after the trial."""
     added = set(b.content) - set(a.content) - lexicon(a.language or "en").filler
-    return bool(added) and set(a.content) <= set(b.content) and all(b.facts.roles.get(word) for word in added)
+    return (
+        not added.isdisjoint(b.facts.governed)
+        and set(a.content) <= set(b.content)
+        and all(b.facts.roles.get(word) for word in added)
+    )
 
 
 # How marks are compared -------------------------------------------------------------------------------------------------

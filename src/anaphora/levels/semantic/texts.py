@@ -99,8 +99,8 @@ _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 def normal_form(text: str) -> str:
     """Texts with equal normal forms say the same, whoever reads them: they differ in case, spaces, marks at the end and ways of
     writing a character. What may change the meaning stays: US and us, C++ and C, -5 and 5."""
-    if _INDENTED.search(text):
-        # Spaces are part of code.
+    if len(text) > 10 * LONGEST or _INDENTED.search(text):
+        # A document, or code, of which spaces are part.
         return unicodedata.normalize("NFC", text).strip()
     plain = _LINES.sub("\n", _SPACE.sub(" ", _plain(text))).strip()
     plain = _REPEATED.sub(r"\1", _BEFORE_MARK.sub("", plain))

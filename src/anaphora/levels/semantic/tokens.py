@@ -11,6 +11,7 @@ import msgspec
 
 from anaphora.levels.semantic.lexicon import FOLDED, Language, Lexicon, Mark, lexicon
 
+
 class Token(msgspec.Struct, frozen=True, gc=False):
     """A word, a number or a piece of code. Marks are not kept, but for what they say of the words between them."""
 
@@ -36,12 +37,12 @@ _TOKEN = re.compile(
     |(?P<short>(?<![\w.])(?:[^\W\d_]\.){2,}(?:[^\W\d_](?!\w))? | [ap]\.m\b)
     |(?P<code>```.*?```|`[^`\n]+`
         |(?:https?|ftp)://[^\s<>"]*[^\s<>".,;:!?)\]'] | www\.[^\s<>"]*[^\s<>".,;:!?)\]']
-        |[\w.+-]+@[\w-]+(?:\.[\w-]+)+
+        |(?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+
         |(?<![\w-])--?[A-Za-z][\w-]*(?==|\s|$|[,.;?!])
         |(?<![\w/])\w[\w.-]*(?:/[\w.-]+)*/[\w-]+\.[A-Za-z]\w*
         |(?<!\w)(?:~|\.{1,2})?(?:/[\w.-]*[\w-])+/?(?!\w) | [A-Za-z]:\\[^\s]+
         |[^\W\d]\w*\([^()\s]*\)
-        |[^\W\d_]*\w*[^\W_]_\w+ | __\w+__
+        |(?<!\w)(?=\w*[^\W_]_\w)\w+ | __\w+__
         |[a-z]+[A-Z]\w*(?:\.\w+)* | [^\W\d_]\w*(?:\.[a-zA-Z_]\w*){1,}
         |\.[A-Za-z]\w*
         |[A-Za-z][+#]{1,2}(?!\w) | [A-Za-z]{1,10}(?:\+\+|\#)(?!\w))
@@ -77,7 +78,16 @@ def _word(written: str, opens: bool, after: str, words: Lexicon) -> list[Token]:
     parts = _parts_of(written.lower(), words.language)
     last = len(parts) - 1
     return [
-        Token(written if place == 0 else part, part, stem, "word", content, opens and place == 0, marks, after if place == last else "")
+        Token(
+            written if place == 0 else part,
+            part,
+            stem,
+            "word",
+            content,
+            opens and place == 0,
+            marks,
+            after if place == last else "",
+        )
         for place, (part, stem, content, marks) in enumerate(parts)
     ]
 
@@ -94,4 +104,3 @@ def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool, tuple
         short = {"re": "are", "ve": "have", "ll": "will", "d": "would", "m": "am"}.get(tail) if mark else None
         parts = (head, short) if short else (low.removesuffix("'s"),)
     return tuple((part, words.stem(part), part not in words.function, words.marks(part)) for part in parts)
-
