@@ -103,8 +103,15 @@ def _converted(a: Facts, b: Facts) -> bool:
 
 def _date(a: Prepared, b: Prepared) -> bool:
     one, other = (set(text.facts.marks.get("date", ())) for text in (a, b))
-    # What is asked without a date is often asked of today.
-    return one ^ other not in (set(), {"today"}) or _clash("frequency", a.facts, b.facts)
+    differ = one ^ other
+    if not (one and other):
+        differ -= _NOW | _HOURS
+    return bool(differ) or _clash("frequency", a.facts, b.facts)
+
+
+_NOW: Final = frozenset(("today", "tonight", "thisweek", "thismonth", "thisyear"))
+"""What is asked without a date is often asked of now."""
+_HOURS: Final = frozenset(("am", "pm", "noon", "night", "evening"))
 
 
 def _name(a: Prepared, b: Prepared) -> bool:
