@@ -37,7 +37,7 @@ CORNERS = {
     "redis": ("anaphora.tiers.valkey.*",),
     "zmq": ("anaphora.routing.vllm_events",),
     "genai_prices": ("anaphora.profiles.prices",),
-    "sqlite3": ("anaphora.tiers.*", "anaphora.store", "anaphora.ledger.book", "anaphora.levels.semantic.entry_file"),
+    "sqlite3": ("anaphora.tiers.*", "anaphora.store", "anaphora.ledger.book", "anaphora.levels.semantic.entry_*"),
     "usearch": ("anaphora.vectors.graph",),
     "opentelemetry": ("anaphora.ledger.telemetry",),
     "pyarrow": ("anaphora.ledger.export",),

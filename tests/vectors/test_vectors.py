@@ -63,7 +63,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(space=st.sampled_from([A, B]), data=st.data())
     def remove(self, space: bytes, data: st.DataObject) -> None:
-        ids = data.draw(st.lists(st.sampled_from([*self.model[space], -7]), max_size=4))
+        ids = data.draw(st.lists(st.sampled_from([*self.model[space], 10**9]), max_size=4))
         self.vectors.remove(space, ids)
         for identity in ids:
             self.model[space].pop(identity, None)

@@ -25,7 +25,7 @@ from anaphora.clock import Clock, ManualClock, SystemClock
 from anaphora.events import Dropped, Event, Evicted, Failed
 from anaphora.keys import digest
 from anaphora.levels.semantic import entries as module
-from anaphora.levels.semantic import entry_file
+from anaphora.levels.semantic import entry_file, entry_rows
 from anaphora.levels.semantic.entries import Decision, Entries, EntriesFailed, Entry, Labelled
 from anaphora.types import Key, Scope, Tenant
 
@@ -201,7 +201,7 @@ def test_labels_reach_other_processes_once_and_their_own_writer_never(tmp_path: 
 def test_decisions_are_found_by_tenant_and_by_either_id_the_latest_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entry_file, "DECISIONS_PER_TENANT", 3)
+    monkeypatch.setattr(entry_rows, "DECISIONS_PER_TENANT", 3)
 
     async def body() -> None:
         entries = opened(tmp_path)

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,8 +26,10 @@ import numpy.typing as npt
 
 from anaphora.clock import Clock
 from anaphora.events import Dropped, Emit, Evicted, Failed, Forgotten, ignore
-from anaphora.levels.semantic.entry_file import Addition, EntriesFailed, EntryFile, News, Noted, Position
+from anaphora.levels.semantic.entry_file import EntriesFailed, EntryFile
+from anaphora.levels.semantic.entry_rows import Addition, News, Noted, Position
 from anaphora.levels.semantic.records import Decision, Entry, Labelled
+from anaphora.levels.semantic.remembered import Remembered
 from anaphora.levels.semantic.waiting import Waiting
 from anaphora.store import Mark
 from anaphora.tiers.base import TierStats
@@ -44,8 +45,6 @@ EVERY_S = 0.25
 """How often the thread writes, and looks for news."""
 MAX_WAITING = 10_000
 """Changes of a kind that wait for a file that cannot be written; the oldest ones are lost, and counted."""
-ENTRY_BYTES = 700
-"""About what an entry takes in memory beside its vector and its text."""
 
 _BATCH = 500
 _ROWS = 2000
@@ -82,15 +81,11 @@ class Entries:
         self._file = EntryFile(folder, encoder=encoder, max_entries=max_entries)
         self._lock = threading.Lock()
         """Held for moments: over what follows up to the thread's own."""
-        self._entries: dict[int, Entry] = {}
-        """The least recently useful first."""
-        self._places: dict[bytes, int] = {}
-        self._vectors = Vectors(dimensions)
+        self._held = Remembered(dimensions)
         self._waiting = Waiting(MAX_WAITING)
         self._heard: list[Labelled] = []
         self._num_erasures = 0
         self._num_evicted = 0
-        self._num_unsaved = 0
         # Of the thread alone, but that others see what it last made of the epoch.
         self._position = Position()
         self._changed: tuple[int, int] | None = None
@@ -115,24 +110,21 @@ class Entries:
         """The entry of the same content."""
         if self._behind():
             return None
-        with self._lock:
-            entry = self._entries.get(self._places.get(_place(space, digest), 0))
+        entry = self._held.same(space, digest)
         return entry if entry is not None and not entry.expired(self._clock.now_s()) else None
 
     def near(self, space: bytes, vector: npt.ArrayLike, k: int) -> list[tuple[Entry, float]]:
         """The `k` nearest entries and their similarities (cosines), the nearest first."""
         if self._behind():
             return []
-        found = self._vectors.search(space, vector, k)
         now_s = self._clock.now_s()
-        near = [(self._entries.get(identity), similarity) for identity, similarity in found]
-        return [(entry, similarity) for entry, similarity in near if entry is not None and not entry.expired(now_s)]
+        return [pair for pair in self._held.near(space, vector, k) if not pair[0].expired(now_s)]
 
     def get(self, identity: int) -> Entry | None:
-        return None if self._behind() else self._entries.get(identity)
+        return None if self._behind() else self._held.get(identity)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._held)
 
     def take_labels(self) -> list[Labelled]:
         """Those in the file that were not taken yet, this process's own apart: at first all of earlier times, then what other
@@ -179,14 +171,11 @@ class Entries:
             kept = np.asarray(vector, np.float16)
         with self._lock:
             try:
-                self._vectors.add(space, entry.id, kept.astype(np.float32))
+                self._insert(entry, kept)
             except ValueError:
                 return None
-            self._insert(entry)
-            self._num_unsaved += 1
             self._waiting.added[entry.id] = Addition(entry, kept.tobytes(), mark[1])
-            excess = len(self._entries) - self._max_entries - _BEYOND
-            self._discard(list(islice(self._entries, max(0, excess))))
+            self._discard(self._held.least_useful(len(self._held) - self._max_entries - _BEYOND))
         return entry
 
     def remove(self, identity: int) -> None:
@@ -197,9 +186,7 @@ class Entries:
     def used(self, identity: int) -> None:
         """It was of use."""
         with self._lock:
-            entry = self._entries.pop(identity, None)
-            if entry is not None:
-                self._entries[identity] = entry
+            if self._held.used(identity):
                 self._waiting.used[identity] = self._clock.now_s()
 
     def note(self, what: Labelled | Decision) -> None:
@@ -245,11 +232,7 @@ class Entries:
         await self._ask(lambda: None)
 
     def stats(self) -> TierStats:
-        with self._lock:
-            texts = sum(len(entry.text) for entry in self._entries.values())
-            num = len(self._entries)
-        used = self._vectors.num_bytes + texts + num * ENTRY_BYTES
-        return TierStats(num, used, 0, num_evicted=self._num_evicted)
+        return TierStats(len(self._held), self._held.num_bytes, 0, num_evicted=self._num_evicted)
 
     def start(self) -> None:
         """Begin to read what the file holds; it is found as it is read."""
@@ -265,33 +248,23 @@ class Entries:
         self._awake.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._vectors.close()
+        self._held.vectors.close()
 
     # -- memory, under the lock ----------------------------------------------------------------------------------------
 
-    def _insert(self, entry: Entry) -> None:
-        """Its vector is there already."""
-        place = _place(entry.space, entry.digest)
-        old = self._entries.get(self._places.get(place, 0))
+    def _insert(self, entry: Entry, vector: npt.NDArray[np.float16] | None) -> None:
+        old = self._held.same(entry.space, entry.digest)
+        self._held.add(entry, vector)
         if old is not None:
             self._discard([old.id], here_only=True)  # from the file it goes when this one is written
-        self._places[place] = entry.id
-        self._entries[entry.id] = entry
 
     def _discard(self, ids: Iterable[int], *, here_only: bool = False) -> list[Entry]:
         """Here, and else soon in the file."""
-        gone = [entry for identity in ids if (entry := self._entries.pop(identity, None)) is not None]
-        spaces: dict[bytes, list[int]] = {}
+        gone = self._held.remove(ids)
         for entry in gone:
-            spaces.setdefault(entry.space, []).append(entry.id)
-            if self._places.get(place := _place(entry.space, entry.digest)) == entry.id:
-                del self._places[place]
             self._waiting.used.pop(entry.id, None)
             if self._waiting.added.pop(entry.id, None) is None and not here_only:
                 self._waiting.removed.append(entry.id)
-        for space, numbers in spaces.items():
-            self._vectors.remove(space, numbers)
-        self._num_unsaved += len(gone)
         return gone
 
     def _drop(self, scope: Scope) -> tuple[int, int]:
@@ -299,8 +272,7 @@ class Entries:
         with self._lock:
             self._num_erasures += 1
             num_unwritten = self._waiting.forget(scope)
-            within = [identity for identity, entry in self._entries.items() if entry.within(scope)]
-            num = len(self._discard(within, here_only=True))
+            num = len(self._discard(self._held.within(scope), here_only=True))
             self._heard = [label for label in self._heard if not label.within(scope)]
         return num, num_unwritten
 
@@ -346,7 +318,7 @@ class Entries:
         now_s = self._clock.monotonic_s()
         if num_jobs or now_s >= self._rest_until_s:
             done = self._attempt("write", self._write) and self._attempt("read", self._read)
-            if done and self._num_unsaved * 10 > len(self._entries) and now_s - self._saved_at_s > _SAVE_EVERY_S:
+            if done and self._held.num_unsaved * 10 > len(self._held) and now_s - self._saved_at_s > _SAVE_EVERY_S:
                 self._attempt("save", self._save)
         for _ in range(num_jobs):
             self._jobs.popleft()()
@@ -383,7 +355,7 @@ class Entries:
                 gone = self._file.write(changes, self._clock.now_s())
             except EntriesFailed:
                 with self._lock:
-                    self._waiting.put_back(changes, self._entries)
+                    self._waiting.put_back(changes, self._held)
                     num_lost = self._waiting.limit()
                 if num_lost:
                     self._emit(Dropped(NAME, num_lost))
@@ -422,15 +394,15 @@ class Entries:
             self._position, last = news.position, news.last
         if known is not None:
             with self._lock:
-                self._discard(self._entries.keys() - known - self._waiting.added.keys(), here_only=True)
+                self._discard(self._held.ids() - known - self._waiting.added.keys(), here_only=True)
             for identity, space in self._loaded.items():
-                if identity not in self._entries:
-                    self._vectors.remove(space, [identity])
+                if identity not in self._held:
+                    self._held.vectors.remove(space, [identity])
             self._loaded = {}
         self._changed, self._seen = changed, epoch
 
     def _heed(self, news: News) -> None:
-        fresh = [entry for entry in news.entries if entry.id not in self._entries]
+        fresh = [entry for entry in news.entries if entry.id not in self._held]
         encoded = self._file.vectors([entry.id for entry in fresh if entry.id not in self._loaded])
         for number, entry in enumerate(fresh):
             if number % _AT_A_TIME == 0:
@@ -439,12 +411,9 @@ class Entries:
             if vector is None and entry.id not in self._loaded:
                 continue  # gone meanwhile
             with self._lock, suppress(ValueError):
-                if self._places.get(_place(entry.space, entry.digest)) in self._waiting.added:
-                    continue  # a newer one, to be written in its place
-                if vector is not None:
-                    self._vectors.add(entry.space, entry.id, np.frombuffer(vector, np.float16).astype(np.float32))
-                    self._num_unsaved += 1
-                self._insert(entry)
+                old = self._held.same(entry.space, entry.digest)
+                if old is None or old.id not in self._waiting.added:  # else ours will be written in its place
+                    self._insert(entry, None if vector is None else np.frombuffer(vector, np.float16))
         with self._lock:
             self._discard(news.removed, here_only=True)
             self._heard += news.labels
@@ -464,19 +433,15 @@ class Entries:
             for addition in self._waiting.added.values():
                 vector = np.frombuffer(addition.vector, np.float16).astype(np.float32)
                 loaded.add(addition.entry.space, addition.entry.id, vector)
-            before, self._vectors = self._vectors, loaded
+            before, self._held.vectors = self._held.vectors, loaded
         before.close()
 
     def _save(self) -> None:
         self._saved_at_s = self._clock.monotonic_s()
-        if self._num_unsaved:
-            num, self._num_unsaved = self._num_unsaved, 0
+        num, self._held.num_unsaved = self._held.num_unsaved, 0
+        if num:
             try:
-                self._file.save(self._vectors)
+                self._file.save(self._held.vectors)
             except EntriesFailed:
-                self._num_unsaved += num
+                self._held.num_unsaved += num
                 raise
-
-
-def _place(space: bytes, digest: bytes) -> bytes:
-    return space + digest

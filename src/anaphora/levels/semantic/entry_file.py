@@ -19,113 +19,48 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from anaphora import vectors
 from anaphora.errors import AnaphoraError
-from anaphora.levels.semantic.records import Decision, Entry, Labelled
+from anaphora.levels.semantic.entry_rows import (
+    FORMAT,
+    SCHEMA,
+    Changes,
+    News,
+    Position,
+    Unreadable,
+    add,
+    decoded,
+    integer,
+    is_damage,
+    make_room,
+    marks,
+    news,
+    note,
+    where_within,
+)
+from anaphora.levels.semantic.records import Decision, Labelled
 from anaphora.tiers.disk.epoch import SharedEpoch
-from anaphora.types import Key, Scope, Tenant
+from anaphora.types import Scope
 from anaphora.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""SQLite's `user_version`. A file of a later format is put aside like a damaged one."""
 BUSY_S = 5.0
 """How long to wait for another process's write."""
-MAX_REMOVALS = 100_000
-"""Numbers that are kept of what was removed. Whoever has fallen behind further reads everything again."""
-DECISIONS_PER_TENANT = 10_000
-MAX_LABELS = 200_000
 _IDS_PER_QUERY = 500
-
-_SCHEMA = f"""
-CREATE TABLE meta (
-    id INTEGER PRIMARY KEY CHECK (id = 0), identity BLOB NOT NULL, encoder TEXT NOT NULL, num_entries INTEGER NOT NULL
-);
-CREATE TABLE entries (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id INTEGER NOT NULL UNIQUE, space BLOB NOT NULL, digest BLOB NOT NULL,
-    key BLOB NOT NULL, text TEXT NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, tags TEXT NOT NULL,
-    stored_at REAL NOT NULL, expires_at REAL, used_at REAL NOT NULL, vector BLOB NOT NULL, UNIQUE (space, digest)
-);
-CREATE INDEX entries_by_use ON entries (used_at);
-CREATE INDEX entries_by_owner ON entries (tenant, model);
-CREATE INDEX entries_by_expiry ON entries (expires_at) WHERE expires_at IS NOT NULL;
-CREATE TABLE removals (number INTEGER PRIMARY KEY AUTOINCREMENT, id INTEGER NOT NULL);
-CREATE TABLE labels (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, model TEXT NOT NULL, tags TEXT NOT NULL,
-    writer BLOB NOT NULL, content BLOB NOT NULL
-);
-CREATE TABLE decisions (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, model TEXT NOT NULL, tags TEXT NOT NULL,
-    request_id TEXT NOT NULL, answer_id TEXT NOT NULL, content BLOB NOT NULL
-);
-CREATE INDEX decisions_by_tenant ON decisions (tenant, number);
-CREATE INDEX decisions_by_request ON decisions (request_id);
-CREATE INDEX decisions_by_answer ON decisions (answer_id);
-CREATE TRIGGER entry_comes AFTER INSERT ON entries BEGIN UPDATE meta SET num_entries = num_entries + 1; END;
-CREATE TRIGGER entry_goes AFTER DELETE ON entries
-    BEGIN UPDATE meta SET num_entries = num_entries - 1; INSERT INTO removals (id) VALUES (OLD.id); END;
-INSERT INTO meta VALUES (0, randomblob(16), '', 0);
-PRAGMA user_version = {FORMAT};
-"""
-_ENTRY = "id, space, digest, key, text, tenant, model, tags, stored_at, expires_at"
-_encode = msgspec.msgpack.encode
 
 T = TypeVar("T")
 
 
 class EntriesFailed(AnaphoraError):
     """The file cannot be read or written; says which and why."""
-
-
-class Position(msgspec.Struct, frozen=True):
-    """How far somebody has read, and in which file."""
-
-    identity: bytes = b""
-    entry: int = 0
-    removal: int = 0
-    label: int = 0
-
-
-class News(msgspec.Struct):
-    position: Position
-    entries: list[Entry]
-    removed: list[int]
-    labels: list[Labelled]
-    anew: bool
-    """From the beginning on: what the reader has and does not come now is gone."""
-    last: bool
-    """There is no more."""
-
-
-class Addition(msgspec.Struct, frozen=True):
-    entry: Entry
-    vector: bytes
-    """float16"""
-    epoch: int
-    """From before it came up."""
-
-
-class Noted(msgspec.Struct, frozen=True):
-    what: Labelled | Decision
-    epoch: int
-    """From when it was noted."""
-
-
-class Changes(msgspec.Struct):
-    """What is to be written at once. `used`: id → when."""
-
-    added: Sequence[Addition] = ()
-    removed: Sequence[int] = ()
-    used: Mapping[int, float] = msgspec.field(default_factory=dict)
-    noted: Sequence[Noted] = ()
 
 
 class EntryFile:
@@ -162,18 +97,18 @@ class EntryFile:
 
     def changed(self) -> tuple[int, int]:
         """What another process's writing changes. Cheap."""
-        return self._run(lambda db: (self._num_opened, _integer(db, "PRAGMA data_version")))
+        return self._run(lambda db: (self._num_opened, integer(db, "PRAGMA data_version")))
 
     def news(self, since: Position, num: int) -> News:
         """With at most `num` entries, and without the labels that this object wrote."""
-        return self._run(lambda db: _news(db, since, num, self._writer))
+        return self._run(lambda db: news(db, since, num, self._writer))
 
     def vectors(self, ids: Sequence[int]) -> dict[int, bytes]:
         def work(db: sqlite3.Connection) -> dict[int, bytes]:
             found: dict[int, bytes] = {}
             for start in range(0, len(ids), _IDS_PER_QUERY):
                 some = ids[start : start + _IDS_PER_QUERY]
-                found.update(db.execute(f"SELECT id, vector FROM entries WHERE id IN ({_marks(some)})", some).fetchall())
+                found.update(db.execute(f"SELECT id, vector FROM entries WHERE id IN ({marks(some)})", some).fetchall())
             return found
 
         return self._run(work)
@@ -184,16 +119,16 @@ class EntryFile:
         where = " AND ".join(text for text, holds in conditions.items() if holds) or "TRUE"
         sql = f"SELECT content FROM decisions WHERE {where} ORDER BY number DESC LIMIT :limit"
         values = {"tenant": tenant, "id": request, "limit": limit}
-        return self._run(lambda db: _decoded(db.execute(sql, values), Decision))
+        return self._run(lambda db: decoded(db.execute(sql, values), Decision))
 
     def labels(self) -> list[Labelled]:
         """All, the oldest first."""
         sql = "SELECT content FROM labels ORDER BY number"
-        return self._run(lambda db: _decoded(db.execute(sql), Labelled))
+        return self._run(lambda db: decoded(db.execute(sql), Labelled))
 
     def count(self, scope: Scope) -> int:
-        where, values = _where(scope)
-        return self._run(lambda db: _integer(db, f"SELECT COUNT(*) FROM entries WHERE {where}", values))
+        where, values = where_within(scope)
+        return self._run(lambda db: integer(db, f"SELECT COUNT(*) FROM entries WHERE {where}", values))
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -203,18 +138,18 @@ class EntryFile:
 
         def work(db: sqlite3.Connection) -> list[int]:
             with self._transaction(db):
-                gone = self._add(db, changes.added)
+                gone = add(db, changes.added, self.epoch)
                 db.executemany("DELETE FROM entries WHERE id = ?", [(identity,) for identity in changes.removed])
                 used = [(at_s, identity) for identity, at_s in changes.used.items()]
                 db.executemany("UPDATE entries SET used_at = ? WHERE id = ?", used)
-                self._note(db, changes.noted)
-                return gone + self._make_room(db, now_s)
+                note(db, changes.noted, self.epoch, self._writer)
+                return gone + make_room(db, self._max_entries, now_s)
 
         return self._run(work)
 
     def forget(self, scope: Scope) -> int:
         """Erase entries, labels and decisions within `scope`, in old pages too, and what was made of them; how many entries."""
-        where, values = _where(scope)
+        where, values = where_within(scope)
 
         def work(db: sqlite3.Connection) -> int:
             with self._transaction(db):
@@ -235,7 +170,7 @@ class EntryFile:
 
     def _truncate(self, db: sqlite3.Connection) -> None:
         """What was overwritten is in the log still, until that is done with."""
-        busy = _integer(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+        busy = integer(db, "PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:
             raise EntriesFailed(f"{self.path}: another process is reading it, so not all of what was forgotten is erased yet")
 
@@ -265,7 +200,7 @@ class EntryFile:
             try:
                 return work(self._connection())
             except sqlite3.Error as error:
-                if not _is_damage(error) or not self._writes:
+                if not is_damage(error) or not self._writes:
                     raise
                 self._put_aside(str(error))
             return work(self._connection())
@@ -295,8 +230,8 @@ class EntryFile:
                 self._make(db)
             else:
                 db.execute("PRAGMA query_only = ON")
-            if _integer(db, "PRAGMA user_version") != FORMAT:
-                raise _Unreadable(f"not of format {FORMAT}")
+            if integer(db, "PRAGMA user_version") != FORMAT:
+                raise Unreadable(f"not of format {FORMAT}")
             self._inode = _inode(self.path)
         except BaseException:
             db.close()
@@ -307,8 +242,8 @@ class EntryFile:
 
     def _make(self, db: sqlite3.Connection) -> None:
         with self._transaction(db):
-            if not _integer(db, "PRAGMA user_version"):
-                for statement in filter(None, map(str.strip, _SCHEMA.split(";\n"))):
+            if not integer(db, "PRAGMA user_version"):
+                for statement in filter(None, map(str.strip, SCHEMA.split(";\n"))):
                     db.execute(statement)
             if self._encoder and db.execute("SELECT encoder FROM meta").fetchone() != (self._encoder,):
                 db.execute("DELETE FROM entries")  # their vectors are of another encoder
@@ -355,8 +290,6 @@ class EntryFile:
         finally:
             os.close(fd)
 
-    # -- inside a transaction ------------------------------------------------------------------------------------------
-
     @contextmanager
     def _transaction(self, db: sqlite3.Connection) -> Iterator[None]:
         db.execute("BEGIN IMMEDIATE")
@@ -367,149 +300,6 @@ class EntryFile:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-
-    def _add(self, db: sqlite3.Connection, added: Sequence[Addition]) -> list[int]:
-        """Ids of those that came up before something was forgotten."""
-        epoch, late = self.epoch, []
-        for addition in added:
-            entry = addition.entry
-            if addition.epoch != epoch:
-                late.append(entry.id)
-                continue
-            db.execute("DELETE FROM entries WHERE space = ? AND digest = ?", (entry.space, entry.digest))
-            db.execute(
-                f"INSERT INTO entries ({_ENTRY}, used_at, vector) VALUES ({_marks(range(12))})",
-                (
-                    entry.id,
-                    entry.space,
-                    entry.digest,
-                    entry.key,
-                    entry.text,
-                    entry.tenant,
-                    entry.model,
-                    _tags(entry.tags),
-                    entry.stored_at_s,
-                    entry.expires_at_s,
-                    entry.stored_at_s,
-                    addition.vector,
-                ),
-            )
-        return late
-
-    def _note(self, db: sqlite3.Connection, noted: Sequence[Noted]) -> None:
-        epoch = self.epoch
-        tenants = set()
-        for what in (note.what for note in noted if note.epoch == epoch):
-            about = (what.tenant, what.model, _tags(what.tags), _encode(what))
-            if isinstance(what, Labelled):
-                sql = "INSERT INTO labels (tenant, model, tags, content, writer) VALUES (?, ?, ?, ?, ?)"
-                db.execute(sql, (*about, self._writer))
-            else:
-                sql = "INSERT INTO decisions (tenant, model, tags, content, request_id, answer_id) VALUES (?, ?, ?, ?, ?, ?)"
-                db.execute(sql, (*about, what.request_id, what.answer_id))
-                tenants.add(what.tenant)
-        if noted:
-            db.execute("DELETE FROM labels WHERE number <= (SELECT MAX(number) FROM labels) - ?", (MAX_LABELS,))
-        oldest = "SELECT number FROM decisions WHERE tenant = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2"
-        for tenant in tenants:
-            db.execute(f"DELETE FROM decisions WHERE tenant = ?1 AND number <= ({oldest})", (tenant, DECISIONS_PER_TENANT))
-
-    def _make_room(self, db: sqlite3.Connection, now_s: float) -> list[int]:
-        gone = [row[0] for row in db.execute("DELETE FROM entries WHERE expires_at <= ? RETURNING id", (now_s,)).fetchall()]
-        excess = _integer(db, "SELECT num_entries FROM meta") - self._max_entries
-        if excess > 0:
-            sql = "DELETE FROM entries WHERE id IN (SELECT id FROM entries ORDER BY used_at LIMIT ?) RETURNING id"
-            gone += [row[0] for row in db.execute(sql, (excess,)).fetchall()]
-        db.execute("DELETE FROM removals WHERE number <= (SELECT MAX(number) FROM removals) - ?", (MAX_REMOVALS,))
-        return gone
-
-
-def _news(db: sqlite3.Connection, since: Position, num: int, writer: bytes) -> News:
-    db.execute("BEGIN")  # all of it from one moment
-    try:
-        (identity,) = db.execute("SELECT identity FROM meta").fetchone()
-        oldest = _integer(db, "SELECT COALESCE(MIN(number), 0) FROM removals")
-        anew = identity != since.identity or oldest > since.removal + 1
-        if anew:
-            latest = _integer(db, "SELECT COALESCE(MAX(number), 0) FROM removals")
-            since = Position(identity, 0, latest, since.label if identity == since.identity else 0)
-        sql = f"SELECT {_ENTRY}, number FROM entries WHERE number > ? ORDER BY number LIMIT ?"
-        rows = db.execute(sql, (since.entry, num)).fetchall()
-        removals = db.execute("SELECT number, id FROM removals WHERE number > ? ORDER BY number", (since.removal,)).fetchall()
-        sql = "SELECT number, writer, content FROM labels WHERE number > ? ORDER BY number"
-        labels = db.execute(sql, (since.label,)).fetchall()
-    finally:
-        db.execute("COMMIT")
-    position = Position(
-        identity,
-        rows[-1][-1] if rows else since.entry,
-        removals[-1][0] if removals else since.removal,
-        labels[-1][0] if labels else since.label,
-    )
-    heard = _decoded(((content,) for _, by, content in labels if by != writer), Labelled)
-    return News(position, [_entry(row) for row in rows], [row[1] for row in removals], heard, anew, len(rows) < num)
-
-
-def _decoded(rows: Iterable[tuple[bytes]], kind: type[T]) -> list[T]:
-    """Without those that another version of Anaphora wrote, and this one cannot read."""
-    found = []
-    for (content,) in rows:
-        with suppress(msgspec.MsgspecError):
-            found.append(msgspec.msgpack.decode(content, type=kind))
-    return found
-
-
-def _entry(row: Sequence[Any]) -> Entry:
-    identity, space, digest, key, text, tenant, model, tags, stored_at_s, expires_at_s = row[:-1]
-    return Entry(
-        id=identity,
-        space=space,
-        digest=digest,
-        key=Key(key),
-        text=text,
-        tenant=Tenant(tenant),
-        model=model,
-        tags=tuple(msgspec.json.decode(tags)),
-        stored_at_s=stored_at_s,
-        expires_at_s=expires_at_s,
-    )
-
-
-class _Unreadable(sqlite3.DatabaseError):
-    """SQLite reads it, but it is not what this module writes."""
-
-
-def _is_damage(error: sqlite3.Error) -> bool:
-    if isinstance(error, _Unreadable | sqlite3.IntegrityError):  # no statement here breaks a constraint of sound data
-        return True
-    code = getattr(error, "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def _integer(db: sqlite3.Connection, sql: str, values: Sequence[object] = ()) -> int:
-    """The first value of the first row."""
-    row = db.execute(sql, values).fetchone()
-    if row is None or not isinstance(row[0], int):
-        raise _Unreadable(f"no number: {sql}")
-    return row[0]
-
-
-def _marks(values: Sequence[object]) -> str:
-    return ",".join("?" * len(values))
-
-
-def _tags(tags: Sequence[str]) -> str:
-    return msgspec.json.encode(tags).decode()
-
-
-def _where(scope: Scope) -> tuple[str, list[str]]:
-    conditions = {
-        "tenant = ?": scope.tenant,
-        "model = ?": scope.model,
-        "EXISTS (SELECT 1 FROM json_each(tags) WHERE value = ?)": scope.tag,
-    }
-    chosen = {condition: value for condition, value in conditions.items() if value is not None}
-    return " AND ".join(chosen) or "TRUE", list(chosen.values())
 
 
 def _inode(path: Path) -> tuple[int, int]:

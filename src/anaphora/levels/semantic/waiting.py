@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from itertools import islice
 
-from anaphora.levels.semantic.entry_file import Addition, Changes, Noted
+from anaphora.levels.semantic.entry_rows import Addition, Changes, Noted
 from anaphora.types import Scope
 
 
