@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import msgspec
 
-from anaphora.accounting import Accounting
+from anaphora import __version__
+from anaphora.accounting import NOBODY, Accounting
+from anaphora.answer import Recalled
 from anaphora.backends.base import Backend, Measuring
 from anaphora.backends.echo import EchoBackend, Options
 from anaphora.catalogue import Catalogue
@@ -28,7 +31,7 @@ from anaphora.promises import Books
 from anaphora.registry import BACKENDS, ENCODERS, LEVELS, POLICIES, ROUTING, TIERS
 from anaphora.store import Store, StoreOptions
 from anaphora.tiers.base import Eviction, Tier, eviction
-from anaphora.types import Key
+from anaphora.types import CacheControl, Completion, Key, Message, Request, Sampling, Tenant, TextPart
 
 if TYPE_CHECKING:
     from anaphora.backends.engine import EngineOptions
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from anaphora.embeddings import Embeddings
     from anaphora.fleet import Fleet
     from anaphora.ledger.allowance import Allowance
+    from anaphora.levels.embedding import Vectors
+    from anaphora.levels.semantic.level import SemanticLevel
     from anaphora.tiers.valkey import ValkeyTier
     from anaphora.wire.upstream import UpstreamDialect
 
@@ -70,6 +75,11 @@ def build(
     further = fleet.model if fleet is not None else local.model if isinstance(local, EchoBackend) else None
     catalogue = Catalogue(backend, config.engine.aliases, further=further)
     levels = [_exact(config.cache, clock, emit)] if config.cache.enabled else []
+    embeddings = _embeddings(config, catalogue, fleet, allowance, clock, emit)
+    semantic = None
+    if config.semantic.mode != "off" and embeddings is not None:
+        semantic = _semantic(config, levels[0], embeddings, lambda: gateway, clock, emit)
+        levels.append(semantic)
     memory = Memory(levels, fingerprint=catalogue.fingerprint, emit=emit)
     stale = Stale(config.cache.stale_if_error_s, config.cache.stale_while_revalidate_s)
     gateway = Gateway(
@@ -78,7 +88,8 @@ def build(
         catalogue,
         accounting=accounting,
         allowance=allowance,
-        embeddings=_embeddings(config, catalogue, fleet, allowance, clock, emit),
+        embeddings=embeddings,
+        semantic=semantic,
         stale=stale,
         forgets=forgets,
         clock=clock,
@@ -235,7 +246,7 @@ def _embeddings(
     """None where there is nothing to do: without NumPy, what upstreams answer passes through."""
     settings = config.embeddings
     hosting = fleet if settings.remember and importlib.util.find_spec("numpy") else None
-    if not settings.models and hosting is None:
+    if not settings.models and hosting is None and config.semantic.mode == "off":
         return None
     if not importlib.util.find_spec("numpy"):
         raise ConfigError("embeddings.models: NumPy is not installed: install anaphora[embeddings]")
@@ -261,6 +272,86 @@ def _embeddings(
         )
     except ConfigError as error:
         raise ConfigError(f"embeddings.models: {error}") from error
+
+
+_JUDGE_TOKENS = 8
+_UNRELATED = {"e5": 0.75}
+"""Cosine that an encoder gives texts about different things, where it is far from 0."""
+
+
+def _semantic(
+    config: Config, exact: AnswerLevel, embeddings: Embeddings, gateway: Callable[[], Gateway], clock: Clock, emit: Emit
+) -> SemanticLevel:
+    """`gateway` is asked what the judge says, once there is one."""
+    settings = config.semantic
+    for package in ("numpy", "usearch"):
+        if not importlib.util.find_spec(package):
+            raise ConfigError(f"semantic.mode: {package} is not installed: install anaphora[semantic]")
+    from anaphora.levels.semantic.entries import Entries
+    from anaphora.levels.semantic.level import Route, SemanticOptions
+    from anaphora.levels.semantic.verifier import shipped
+
+    try:
+        kind = embeddings.kind(settings.encoder)
+    except ConfigError as error:
+        raise ConfigError(f"semantic.encoder: {error}") from error
+    # Not its fingerprint: that is known only when it is loaded.
+    encoder = " ".join([settings.encoder, *(f"{package} {importlib.metadata.version(package)}" for package in kind.needs)])
+
+    async def embed(tenant: Tenant, model: str, texts: Sequence[str]) -> Vectors:
+        return await embeddings.vectors(settings.encoder, texts, tenant=tenant, model=model)
+
+    async def ask(tenant: Tenant, prompt: str) -> str:
+        return await _judged(gateway(), settings.judge, tenant, prompt)
+
+    folder = _folder(config.cache) / "semantic"
+    options = SemanticOptions(
+        mode=settings.mode,
+        risk=settings.risk,
+        confidence=settings.confidence,
+        audit_share=settings.audit_share,
+        max_chars=settings.max_chars,
+        shared=settings.shared,
+        routes=tuple(Route(**msgspec.structs.asdict(route)) for route in settings.routes),
+        unrelated=_UNRELATED.get(settings.encoder, 0.0),
+    )
+    level: type[SemanticLevel] = LEVELS.load("semantic")
+    verifier = shipped()
+    return level(
+        options,
+        answers=exact.lookup,
+        embed=embed,
+        entries=Entries(
+            folder,
+            dimensions=kind.dimensions,
+            encoder=encoder,
+            clock=clock,
+            max_entries=settings.max_entries,
+            emit=emit,
+        ),
+        verifier=verifier,
+        version=f"anaphora {__version__}; {encoder}; verifier {verifier.fingerprint}; judge {settings.judge}",
+        clock=clock,
+        ask=ask if settings.judge else None,
+        emit=emit,
+    )
+
+
+async def _judged(gateway: Gateway, model: str, tenant: Tenant, prompt: str) -> str:
+    """What `model` says to `prompt`: a request of the tenant's, so it is in the ledger and within the tenant's limits."""
+    messages = (Message("user", (TextPart(prompt),)),)
+    request = Request(model, tenant, messages, sampling=Sampling(temperature=0.0), max_tokens=_JUDGE_TOKENS)
+    asked = msgspec.structs.replace(NOBODY, model=model, tag="semantic-judge")
+    answer = await gateway.complete(request, CacheControl(semantic_risk=0.0), asked)
+    if isinstance(answer, Recalled):
+        completion: Completion | None = answer.completion
+    else:
+        try:
+            completion = await answer.whole()
+        finally:
+            answer.leave()
+    parts = () if completion is None else completion.choices[0].content
+    return "".join(part.text for part in parts if isinstance(part, TextPart))
 
 
 def _tiers(config: CacheConfig, part: str, clock: Clock, emit: Emit) -> list[Tier]:

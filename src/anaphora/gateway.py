@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from anaphora.embeddings import EmbeddingAnswer, EmbeddingRequest, Embeddings  # as is NumPy
     from anaphora.fleet import Fleet  # its HTTP client is of no use to who only computes here
     from anaphora.ledger.allowance import Allowance
+    from anaphora.levels.semantic.level import SemanticLevel
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Gateway:
         accounting: Accounting | None = None,
         allowance: Allowance | None = None,
         embeddings: Embeddings | None = None,
+        semantic: SemanticLevel | None = None,
         stale: Stale = Stale(),  # noqa: B008 (frozen)
         forgets: Forgets | None = None,
         clock: Clock | None = None,
@@ -92,6 +94,7 @@ class Gateway:
         self._accounting = accounting
         self._allowance = allowance
         self._embeddings = embeddings
+        self._semantic = semantic
         self._stale = stale
         self._num_landed = 0
         self._latest: OrderedDict[Key, int] = OrderedDict()
@@ -108,6 +111,8 @@ class Gateway:
     async def start(self) -> None:
         if self._embeddings is not None:
             self._embeddings.start()
+        if self._semantic is not None:
+            self._semantic.start()
         await self._backend.start()
 
     async def aclose(self) -> None:
@@ -235,6 +240,12 @@ class Gateway:
             return answer
         if_error_s = self._stale.if_error_s if control.stale_if_error_s is None else control.stale_if_error_s
         return Live(subscription, source, recalled, meter, bill, lambda: self._older(request, control, recalled, if_error_s))
+
+    def semantic(self) -> SemanticLevel:
+        """The level of answers in other words, which is one of memory's. Raises NotFound where there is none."""
+        if self._semantic is None:
+            raise NotFound("This server gives no answers in other words (semantic.mode).", code="no_semantic")
+        return self._semantic
 
     @property
     def embeddings(self) -> Embeddings | None:

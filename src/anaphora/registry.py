@@ -78,7 +78,10 @@ CODECS = Registry(
         "int3": "anaphora.codecs.stepped:Int3",
     },
 )
-LEVELS = Registry("levels", {"exact": "anaphora.levels.exact:ExactLevel"})
+LEVELS = Registry(
+    "levels",
+    {"exact": "anaphora.levels.exact:ExactLevel", "semantic": "anaphora.levels.semantic.level:SemanticLevel"},
+)
 BACKENDS = Registry(
     "backends", {"echo": "anaphora.backends.echo:EchoBackend", "transformers": "anaphora.backends.engine:Engine"}
 )

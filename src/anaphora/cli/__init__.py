@@ -12,10 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from anaphora.cli import bench, chat, config, demo, explain, kv, ledger, lint, serve, stats, testing, version
+from anaphora.cli import bench, chat, config, demo, explain, kv, ledger, lint, semantic, serve, stats, testing, version
 from anaphora.errors import AnaphoraError, ConfigError
 
-COMMANDS = (serve, demo, chat, bench, stats, explain, ledger, lint, kv, testing, config, version)
+COMMANDS = (serve, demo, chat, bench, stats, explain, ledger, semantic, lint, kv, testing, config, version)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from anaphora.server.endpoint import OPENAI, Api, dialect_of
 from anaphora.server.foreign import METHODS, Elsewhere
 from anaphora.server.ledger import LedgerPage
 from anaphora.server.replicas import Replicas
+from anaphora.server.semantic import Evidence, Feedback, Semantic
 from anaphora.wire.anthropic import Anthropic
 from anaphora.wire.base import new_ids
 from anaphora.wire.openai_completions import OpenAICompletions
@@ -57,6 +58,9 @@ class App:
                 Route("/anaphora/ledger", LedgerPage(api), methods=["GET"]),
                 Route("/anaphora/replicas", Replicas(api), methods=["GET", "POST"]),
                 Route("/anaphora/clock", routes.MoveClock(api), methods=["POST"]),
+                Route("/anaphora/feedback", Feedback(api), methods=["POST"]),
+                Route("/anaphora/semantic", Semantic(api), methods=["GET"]),
+                Route("/anaphora/semantic/evidence", Evidence(api), methods=["POST"]),
                 Route("/anaphora/forget", routes.Forget(api), methods=["POST"]),
                 *([Route("/v1/{path:path}", Elsewhere(api), methods=METHODS)] if api.gateway.hosting else []),
             ],

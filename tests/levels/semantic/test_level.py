@@ -383,18 +383,6 @@ def test_complaints_end_what_evidence_began(run: Run) -> None:
     run(body)
 
 
-def test_whoever_asks_again_in_other_words_makes_the_next_one_an_audit(run: Run) -> None:
-    async def body(world: World) -> None:
-        await world.teach()
-        await world.ask(ASKED, "Click on forgot.")
-        assert isinstance(await world.ask(SAME), Hit)
-        assert isinstance(await world.ask(OTHER_WORDS, "Click on forgot."), Miss)
-        decisions = await world.level.decisions(Tenant("a"), 10)
-        assert [decision.outcome for decision in decisions][:3] == ["right", "audited", "doubted"]
-
-    run(body)
-
-
 def test_who_goes_on_with_the_conversation_is_content(run: Run) -> None:
     async def body(world: World) -> None:
         await world.teach()
@@ -414,7 +402,21 @@ def test_who_rephrases_in_the_same_conversation_is_noticed(run: Run) -> None:
         assert isinstance(await world.ask(SAME), Hit)
         told = (Message("user", (TextPart(SAME),)), Message("assistant", (TextPart("Click on forgot."),)))
         await world.ask("No, how can I reset the password?", before=told)
-        assert isinstance(await world.ask(OTHER_WORDS), Miss)
+        assert reason(await world.ask(OTHER_WORDS, "Click on forgot.")) is MissReason.AUDITED
+        outcomes = [decision.outcome for decision in await world.level.decisions(Tenant("a"), 10)]
+        assert outcomes[:2] == ["right", "audited"]
+        assert "doubted" in outcomes
+
+
+def test_another_user_with_the_same_question_says_nothing_of_the_answer(run: Run) -> None:
+    async def body(world: World) -> None:
+        await world.teach()
+        await world.ask(ASKED, "Click on forgot.")
+        for _ in range(5):
+            assert isinstance(await world.ask(SAME), Hit)
+            assert isinstance(await world.ask(OTHER_WORDS), Hit)
+
+    run(body)
 
     run(body)
 

@@ -22,6 +22,7 @@ from anaphora.levels.semantic.entries import Entries
 from anaphora.levels.semantic.guards import refusal
 from anaphora.levels.semantic.pools import Pools
 from anaphora.levels.semantic.records import Decision, Labelled
+from anaphora.levels.semantic.scope import Asked
 from anaphora.levels.semantic.texts import prepare
 from anaphora.types import Completion, Key, Tenant, TextPart, ThinkingPart
 
@@ -78,8 +79,8 @@ class Audits:
         self._emit = emit
         self._ask = ask
         self._trials: OrderedDict[Key, Trial] = OrderedDict()
-        self._served: OrderedDict[bytes, Decision] = OrderedDict()
-        """The answer that was given last, by the space it was asked in."""
+        self._served: OrderedDict[Asked, Decision] = OrderedDict()
+        """The answers that were given last, by what was asked."""
         self._refuted: OrderedDict[tuple[int, bytes], None] = OrderedDict()
         """Entries whose answers were found wrong for a question, by its content."""
         self._doubted: OrderedDict[int, None] = OrderedDict()
@@ -134,20 +135,18 @@ class Audits:
 
     # -- how users go on -----------------------------------------------------------------------------------------------
 
-    def served(self, space: bytes, decision: Decision) -> None:
-        keep(self._served, space, decision)
+    def served(self, place: Asked, decision: Decision) -> None:
+        keep(self._served, place, decision)
 
-    def served_before(self, space: bytes) -> Decision | None:
-        """The answer that was given last in `space`, not long ago. It is told once."""
-        before = self._served.pop(space, None)
+    def served_before(self, place: Asked) -> Decision | None:
+        """The answer that was given to `place`, not long ago. It is told once."""
+        before = self._served.pop(place, None)
         return None if before is None or self._clock.now_s() - before.at_s > REPHRASED_S else before
 
-    async def doubt(self, before: Decision, text: str, vector: Callable[[], Awaitable[Vector]]) -> None:
-        """`text` was asked after that answer. If it asks nearly the same, the answer may have been wrong."""
-        if before.text == text:
-            return
+    async def doubt(self, before: Decision, vector: Vector) -> None:
+        """What was asked after that answer has this vector. If it is nearly the same, the answer may have been wrong."""
         other = (await self._embed(before.tenant, before.model, (before.text,)))[0]
-        if self._similarity(other, await vector()) >= REPHRASED_SIMILARITY:
+        if self._similarity(other, vector) >= REPHRASED_SIMILARITY:
             keep(self._doubted, before.entry_id, None)
             self._entries.note(msgspec.structs.replace(before, outcome="doubted", at_s=self._clock.now_s()))
 

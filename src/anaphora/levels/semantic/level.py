@@ -121,7 +121,7 @@ class SemanticLevel:
         emit: Emit = ignore,
         rng: random.Random | None = None,
     ) -> None:
-        self._options = options
+        self.options = options
         self._answers = answers
         self._embed = embed
         self._entries = entries
@@ -176,7 +176,7 @@ class SemanticLevel:
 
     def _begin(self, question: Question) -> _Looked | None:
         """None: nothing is compared."""
-        request, wish, options = question.request, question.control.semantic_risk, self._options
+        request, wish, options = question.request, question.control.semantic_risk, self.options
         route = next((route for route in options.routes if route.matches(request.tenant, request.model)), Route())
         mode = options.mode if route.mode is None else route.mode
         if mode == "off" or wish == 0:
@@ -186,12 +186,12 @@ class SemanticLevel:
         return None if place is None else _Looked(question, place, risk if wish is None else wish, mode == "on")
 
     def _place(self, question: Question, *, shared: bool = False) -> Asked | None:
-        request, options = question.request, self._options
+        request, options = question.request, self.options
         return asked(request, fingerprint=question.fingerprint, max_chars=options.max_chars, shared=shared)
 
     async def _compared(self, looked: _Looked) -> comparing.Compared:
         spaces = [looked.place.space]
-        if self._options.shared and (common := self._place(looked.question, shared=True)) is not None:
+        if self.options.shared and (common := self._place(looked.question, shared=True)) is not None:
             spaces.append(common.space)
         return await comparing.compare(
             prepare(looked.place.text),
@@ -201,7 +201,7 @@ class SemanticLevel:
             lambda: self._vector(looked),
             self.audits.is_refuted,
             None if self._ask is None else lambda entry: self._fits(looked, entry),
-            unrelated=self._options.unrelated,
+            unrelated=self.options.unrelated,
         )
 
     async def _vector(self, looked: _Looked) -> Vector:
@@ -221,15 +221,15 @@ class SemanticLevel:
             return await judging.fits(self._ask, looked.question.request.tenant, entry.text, said, looked.place.text)
 
     async def _notice(self, looked: _Looked) -> None:
-        """Whoever asks nearly the same again, right after an answer was given, may not have been content with it."""
-        question, place = looked.question, looked.place
-        before = self.audits.served_before(place.space)
-        if before is None and len(question.request.messages) > 2:  # or in the same conversation, behind that answer
-            earlier = msgspec.structs.replace(question.request, messages=question.request.messages[:-2])
-            there = self._place(msgspec.structs.replace(question, request=earlier))
-            before = None if there is None else self.audits.served_before(there.space)
+        """Whoever goes on by asking nearly the same again may not have been content with the answer."""
+        question = looked.question
+        if len(question.request.messages) < 3:
+            return
+        earlier = msgspec.structs.replace(question.request, messages=question.request.messages[:-2])
+        there = self._place(msgspec.structs.replace(question, request=earlier))
+        before = None if there is None else self.audits.served_before(there)
         if before is not None:
-            await self.audits.doubt(before, place.text, lambda: self._vector(looked))
+            await self.audits.doubt(before, await self._vector(looked))
 
     def _decided(
         self, looked: _Looked, found: comparing.Compared, entry: Entry, score: float, hit: Hit[Completion]
@@ -251,7 +251,7 @@ class SemanticLevel:
         decision = self._decision(looked, found, "served")
         self._entries.used(entry.id)
         self._entries.note(decision)
-        self.audits.served(looked.place.space, decision)
+        self.audits.served(looked.place, decision)
         self._say(looked, found, "hit", "risk", f"such answers are right often enough at scores from {outcome.threshold:g}")
         return Hit(self.name, entry.key, hit.value, hit.age_s, hit.ttl_s, hit.cost_s)
 
@@ -319,7 +319,7 @@ class SemanticLevel:
             return
         right = await self.audits.compare(trial, value)
         # An answer that was computed twice, and was the same, is for all tenants, where they share.
-        if right and self._options.shared and (there := self._place(looked.question, shared=True)) is not None:
+        if right and self.options.shared and (there := self._place(looked.question, shared=True)) is not None:
             await self._remember(looked, there, tags, mark)
 
     async def _remember(self, looked: _Looked, place: Asked, tags: tuple[str, ...], mark: Mark) -> None:
