@@ -39,6 +39,12 @@ def test_a_prompt_that_was_computed_before_is_found_but_for_its_end() -> None:
     assert second.first_s == pytest.approx(0.01)
 
 
+def test_a_prompt_in_line_finds_what_the_one_before_it_computes() -> None:
+    first, second = run([Arrival(0.0, asked("a", 6400), 1), Arrival(0.1, asked("a", 12800), 1)])
+    assert second.cached_tokens == 6400
+    assert second.first_s == pytest.approx(first.first_s - 0.1 + 0.64, rel=0.05)
+
+
 def test_prompts_are_prefilled_in_order_and_answers_go_on_meanwhile() -> None:
     one, two, three = run(
         [Arrival(0.0, asked("a", 900), 50), Arrival(0.1, asked("b", 5000), 1), Arrival(0.1, asked("c", 1000), 1)]

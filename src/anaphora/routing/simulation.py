@@ -7,14 +7,15 @@ of it the attention of what is prefilled and the reading of all contexts that ar
     step = max(step_s, tokens · token_s) + prefilled tokens · their mean position · position_s + context tokens · context_s
 
 A request is admitted where its whole prompt and answer have room, and keeps that room to its end. Blocks of prompts are found
-again once they are computed; those of answers are not, since traces do not name them.
+again as soon as they are computed, while the rest of their prompt still is; those of answers are not, since traces do not name
+them.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -130,15 +131,27 @@ class BlockCache:
 
 
 class Job:
-    __slots__ = ("arrival", "cached_blocks", "cached_tokens", "done_tokens", "first_s", "private_tokens", "request")
+    __slots__ = (
+        "arrival",
+        "cached_tokens",
+        "done_tokens",
+        "first_s",
+        "num_blocks",
+        "private_tokens",
+        "request",
+        "taken_tokens",
+    )
 
     def __init__(self, request: int, arrival: Arrival) -> None:
         self.request = request
         self.arrival = arrival
-        self.cached_blocks = 0
         self.cached_tokens = 0
+        self.num_blocks = 0
+        """Found or computed, and held."""
         self.done_tokens = 0
         self.private_tokens = 0
+        self.taken_tokens = 0
+        """Room that nobody else had computed into when it was admitted."""
         self.first_s = 0.0
 
 
@@ -157,7 +170,7 @@ class Engine:
         self._step = 0
         self._from_s = 0.0
         self._steps = 0
-        self._prefills: list[tuple[Job, int]] = []
+        self._prefills: list[Job] = []
         self._refused: tuple[int, int] | None = None
         self.prefill_s = 0.0
         """Spent on steps with prefill in them."""
@@ -172,7 +185,7 @@ class Engine:
 
     def remaining(self) -> list[tuple[int, int]]:
         """(steps to go, tokens it will give back) of each answer being written, the first to end first."""
-        return [(finish - self._step, job.private_tokens) for finish, _, job in sorted(self._decoding)]
+        return [(finish - self._step, job.taken_tokens) for finish, _, job in sorted(self._decoding)]
 
     def ask(self, job: Job, now_s: float) -> None:
         self.waiting.append(job)
@@ -195,12 +208,10 @@ class Engine:
             self._context -= job.arrival.question.num_tokens + job.arrival.output_tokens
             self._leave(job)
             yield job, True
-        for job, num_tokens in self._prefills:
-            job.done_tokens += num_tokens
+        for job in self._prefills:
             if job.done_tokens < job.arrival.question.num_tokens:
                 continue
             self.prefilling.remove(job)
-            self._publish(job)
             job.first_s = now_s
             yield job, False
             if job.arrival.output_tokens <= 1:
@@ -211,12 +222,16 @@ class Engine:
             heapq.heappush(self._decoding, (self._step + job.arrival.output_tokens - 1, job.request, job))
         self._plan(now_s)
 
-    def _publish(self, job: Job) -> None:
+    def _compute(self, job: Job, num_tokens: int) -> None:
+        """Blocks are found by whoever is admitted next as soon as they are in a step, as in vLLM: within it they are written
+        before they are read."""
         question = job.arrival.question
-        for index in range(job.cached_blocks, len(question.blocks)):
+        job.done_tokens += num_tokens
+        for index in range(job.num_blocks, bisect_right(question.ends, job.done_tokens)):
             size = question.ends[index] - (question.ends[index - 1] if index else 0)
             self.cache.publish(question.blocks[index], size)
             job.private_tokens -= size
+            job.num_blocks += 1
 
     def _leave(self, job: Job) -> None:
         self.cache.give(job.private_tokens)
@@ -243,7 +258,8 @@ class Engine:
             self._refused = refused
             return False
         self.cache.take(needed)
-        job.cached_blocks, job.cached_tokens, job.done_tokens, job.private_tokens = present, cached, cached, needed
+        job.num_blocks, job.cached_tokens, job.done_tokens = present, cached, cached
+        job.private_tokens = job.taken_tokens = needed
         self.prefilling.append(self.waiting.popleft())
         return True
 
@@ -258,8 +274,9 @@ class Engine:
                 break
             job = self.prefilling[len(self._prefills)]
             part = min(budget, job.arrival.question.num_tokens - job.done_tokens)
-            self._prefills.append((job, part))
+            self._prefills.append(job)
             attention += part * (job.done_tokens + part / 2)
+            self._compute(job, part)
             tokens += part
             budget -= part
         if not self._prefills and not num_decoding:
