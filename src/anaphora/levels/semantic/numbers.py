@@ -71,21 +71,29 @@ def _value(tokens: Sequence[Token], place: int, words: Lexicon) -> str | None:
 
 
 def _spelled(tokens: Sequence[Token], place: int, value: str, words: Lexicon) -> tuple[str, int, bool]:
-    """Twenty five, two hundred."""
+    """Twenty five, two hundred, three million five hundred."""
     soft = tokens[place].low in words.soft
-    total, last = float(value), float(value)
-    after = place + 1
-    while after < len(tokens) and not tokens[after - 1].after and (following := _value(tokens, after, words)) is not None:
-        step = float(following)
-        if following in _SCALES and step > last:
-            total, last = total * step, step
-        elif last >= 20 and 0 < step < last and last not in (25,):
-            total, last = total + step, step
+    whole, part = 0.0, 0.0
+    after = place
+    following: str | None = value
+    while following is not None:
+        number = float(following)
+        if number >= 1000 and following in _SCALES:
+            whole, part = whole + max(part, 1) * number, 0.0
+        elif following == "100" and part < 10:
+            part = max(part, 1) * number
+        elif (
+            after == place
+            or part == 0
+            or (part % 100 == 0 and 1 <= number < 100)
+            or (part % 10 == 0 and part % 100 >= 20 and 1 <= number < 10)
+        ):
+            part += number
         else:
             break
-        soft = False
         after += 1
-    return _written(total), after, soft
+        following = _value(tokens, after, words) if after < len(tokens) and not tokens[after - 1].after else None
+    return _written(whole + part), after, soft and after == place + 1
 
 
 def _digits(text: str, words: Lexicon) -> tuple[list[str], str]:
