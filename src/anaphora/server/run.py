@@ -44,6 +44,8 @@ DRAIN_S = 30
 BACKLOG = 2048
 _YOUNG_S = 5.0
 """A worker that dies younger than this is not brought back at once."""
+_SWITCH_EVERY_S = 0.0005
+"""How long a thread that writes to disk may keep the event loop waiting for the interpreter."""
 _HEED_EVERY_S = 1.0
 """How long a worker that nobody asks anything may hold what another one was told to forget."""
 
@@ -106,6 +108,7 @@ async def answer(
 ) -> None:
     """Serve on `listener` until a signal comes, or until `orphaned` returns. ConfigError where the gateway's own engine says
     that it will never be ready as configured. `sums`, `forgets` and `tallies` are what several workers share."""
+    sys.setswitchinterval(_SWITCH_EVERY_S)
     sums = Sums() if sums is None else sums
     metrics, ledger = Metrics(sums), Ledger(sums)
     clock: Clock = ManualClock(float(int(time.time()))) if config.server.virtual_clock else SystemClock()
@@ -161,6 +164,7 @@ async def answer(
         access_log=False,
         log_config=None,
         log_level="warning",
+        proxy_headers=False,  # nothing depends on where a client is
         server_header=False,
         timeout_graceful_shutdown=DRAIN_S,
     )

@@ -60,6 +60,7 @@ class Splitter:
         """The events that end in `chunk`. Raises BackendFailed for what is no event stream."""
         events = self.events = []
         if self._is_whole(chunk):
+            self._first = False
             for part in chunk[:-2].split(b"\n\n"):
                 events.append(_event(part))  # noqa: PERF401 - those before a wrong one count
             return events
@@ -94,7 +95,9 @@ class Splitter:
 
     def _is_whole(self, chunk: bytes) -> bool:
         """Whether `chunk` is some events and nothing else, with line feeds alone: as it nearly always is."""
-        if self._buffer or self._first or self._lone_cr or not chunk.endswith(b"\n\n"):
+        if self._buffer or self._lone_cr or not chunk.endswith(b"\n\n"):
+            return False
+        if self._first and chunk.startswith(_BYTE_ORDER_MARK[:1]):
             return False
         return b"\r" not in chunk and b"\n\n\n" not in chunk and not chunk.startswith(b"\n") and len(chunk) <= MAX_EVENT_BYTES
 

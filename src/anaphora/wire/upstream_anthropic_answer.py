@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from anaphora.errors import BackendFailed
 from anaphora.types import (
@@ -110,9 +110,14 @@ class MessageReader(EventReader):
         self._arguments = False  # it had more since
         self._stop: Json = {}
 
-    def read(self, event: Event, data: bytes) -> Iterator[Said]:
+    def read(self, event: Event, data: bytes) -> Iterable[Said]:
         fields = json_object(data)
         kind = fields.get("type") or event.name
+        if kind == "content_block_delta" and self._begun:  # nearly every event
+            return self._block_delta(fields)
+        return self._rarer(kind, fields, data)
+
+    def _rarer(self, kind: object, fields: Json, data: bytes) -> Iterator[Said]:
         if kind == "error":
             raise stream_failure(_error(500, fields) or unreadable_error(500, data), _DIALECT, data)
         if kind == "message_start":
@@ -123,8 +128,6 @@ class MessageReader(EventReader):
             raise malformed(f"{kind!r} before message_start")
         elif kind == "content_block_start":
             yield from self._block_start(fields)
-        elif kind == "content_block_delta":
-            yield from self._block_delta(fields)
         elif kind == "content_block_stop":
             yield from self._block_stop()
         elif kind == "message_delta":
@@ -168,30 +171,30 @@ class MessageReader(EventReader):
                 raise malformed("a tool call without a name")
             yield ToolUseDelta(0, self._answer.num_calls - 1, "", text_of(block.get("id")), name)
 
-    def _block_delta(self, fields: Json) -> Iterator[Said]:
+    def _block_delta(self, fields: Json) -> Iterable[Said]:
         delta = object_of(fields.get("delta"))
         if self._block and fields.get("index") != self._index:
             raise malformed(f"a delta of block {fields.get('index')} within block {self._index}")
         match self._block, delta.get("type"):
             case "text", "text_delta":
                 if text := text_of(delta.get("text")):
-                    yield TextDelta(0, text)
+                    return (TextDelta(0, text),)
             case "thinking", "thinking_delta":
-                yield from self._thinking(text_of(delta.get("thinking")), "")
+                return self._thinking(text_of(delta.get("thinking")), "")
             case "thinking", "signature_delta":
-                yield from self._thinking("", text_of(delta.get("signature")))
+                return self._thinking("", text_of(delta.get("signature")))
             case "tool_use", "input_json_delta":
                 if text := text_of(delta.get("partial_json")):
                     self._arguments = True
-                    yield ToolUseDelta(0, self._answer.num_calls - 1, text)
+                    return (ToolUseDelta(0, self._answer.num_calls - 1, text),)
             case _:
                 self._answer.faithful = False
+        return ()
 
-    def _thinking(self, text: str, signature: str) -> Iterator[Said]:
+    def _thinking(self, text: str, signature: str) -> Iterable[Said]:
         if signature:
             self._answer.signed()
-        if text or signature:
-            yield ThinkingDelta(0, text, signature)
+        return (ThinkingDelta(0, text, signature),) if text or signature else ()
 
     def _block_stop(self) -> Iterator[Said]:
         if self._block == "tool_use" and not self._arguments:
