@@ -87,6 +87,13 @@ def counterfactual(source: str, usage: Usage, outcome: str, pricing: Prices) -> 
     return units(cost)
 
 
+def test_what_was_computed_to_audit_another_answer_is_told_apart() -> None:
+    made = entry(answered("miss", Usage(input_tokens=3), audit=True), NOW_S, Prices(()))
+    assert made.level == "audit"
+    assert entry(answered("collapsed", Usage(input_tokens=3)), NOW_S, Prices(())).level == "collapsed"
+    assert entry(answered("hit", Usage(input_tokens=3), level="semantic"), NOW_S, Prices(())).level == "semantic"
+
+
 @given(usages(), prices)
 def test_a_price_of_six_decimals_is_never_rounded(usage: Usage, price: Price) -> None:
     cost = Prices((price,)).cost("m", "", usage)

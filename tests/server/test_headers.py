@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from anaphora.answer import Recalled
 from anaphora.errors import InvalidRequest
 from anaphora.events import Hit
-from anaphora.server.headers import MAX_KEEP_S, cache_control, of_answer, with_wishes
+from anaphora.server.headers import MAX_KEEP_S, cache_control, of_answer, semantic_risk, with_wishes
 from anaphora.types import CacheControl, Completion, Key, Request, Usage
 
 
@@ -32,6 +32,17 @@ from anaphora.types import CacheControl, Completion, Key, Request, Usage
 )
 def test_request_directives(value: bytes | None, control: CacheControl) -> None:
     assert cache_control(value) == control
+
+
+@pytest.mark.parametrize(("value", "risk"), [(None, None), (b"off", 0.0), (b" OFF ", 0.0), (b"0.01", 0.01), (b"5e-1", 0.5)])
+def test_what_is_wished_of_answers_in_other_words(value: bytes | None, risk: float | None) -> None:
+    assert semantic_risk(value) == risk
+
+
+@pytest.mark.parametrize("value", [b"", b"on", b"0", b"-0.1", b"0.51", b"nan", b"inf", b"1%", b"\xff"])
+def test_another_wish_is_refused(value: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="x-anaphora-semantic"):
+        semantic_risk(value)
 
 
 @given(st.binary(max_size=60))
