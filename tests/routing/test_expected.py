@@ -104,6 +104,30 @@ def test_a_popular_prefix_spreads_once_the_queue_of_its_holder_outweighs_computi
     assert found.cached_tokens == 36 * 64
 
 
+def test_turns_of_one_conversation_at_once_do_not_fill_the_memory_that_they_share() -> None:
+    world = World(Expected(), fleet("one", "two", capacity_tokens=10_000))
+    place = world.answer(chain("talk", 100), 0.0)
+    places = {world.begin(chain("talk", 100, tokens=6410 + number), 100.0)[1] for number in range(8)}
+    assert places == {place}  # 8 prompts of 6,410 tokens, of which 6,400 are there once
+
+
+def test_computing_again_counts_more_where_others_would_have_to_wait_for_it() -> None:
+    parts = []
+    for num_recent in (0, 30):
+        world = World(Expected(), fleet("one", capacity_tokens=None))
+        for number in range(num_recent):
+            world.answer(chain(f"stranger {number}", 2), number / 10)
+        world.begin(chain("long", 200), 10.0)
+        parts.append(pick(world.strategy, chain("a", 100), world.replicas, 10.0).reasons["behind"])
+    assert parts[0] < parts[1] / 10
+
+
+def test_what_is_late_everywhere_is_held_against_nobody() -> None:
+    world = World(Expected(), fleet("one", "two", capacity_tokens=1_000_000))
+    place = world.answer(chain("talk", 1), 0.0, first_s=2.0)
+    assert pick(world.strategy, chain("talk", 2), world.replicas, 10.0).replica == place
+
+
 def test_a_replica_that_has_restarted_shows_in_its_first_answer() -> None:
     world = World(Expected(), fleet("one", "two", capacity_tokens=1_000_000))
     prompts = [chain(f"talk {number}", 40) for number in range(6)]

@@ -1,13 +1,21 @@
 """Whoever is expected to be done first: one score, in seconds, for every replica, and no rule beside it.
 
-    queue       until those ahead of it are prefilled, or until its memory has room, whichever is later
-  + prefill     of what the replica's cache does not hold, loads from slower places included
-  + answer      as long as answers are expected to be, at the speed of as many streams as there are then
-  + later       what computing costs those who come later: their time, and the cached tokens whose room it takes
-  + others      what its prefill and its answer cost the streams that run there
-  + overlap     what recent traffic there lets expect of those that come while it runs
+    queue       q   until those ahead of it are prefilled, or until its memory has room, whichever is later
+  + prefill     p   of what the replica's cache does not hold, loads from slower places included
+  + behind      what its prefill costs those who come behind it there:  r · p · (q + p/2) / (1 - b)
+  + answer      a · as long as answers are expected to be, at the speed of as many streams as there are then
+  + overlap     a · what recent traffic there lets expect of those that come while it runs
+  + others      a · what its prefill and its answer cost the streams that run there
   + unexplained how much later than expected first tokens came lately: somebody else's load, a slow machine
   + failures    how often it failed lately, in waits
+  + new         1/(1 + n) · q for a replica of n answers
+
+`behind` is what a greedy choice leaves out. Of r requests a second that come to the replica, those that come while this one
+waits (q) are delayed by all of its prefill, those that come while it is prefilled by half of it on average; where replicas are
+busy for a share b of their time the queue lasts 1 / (1 - b) times as long. So computing elsewhere what is cached here must save
+more than it costs everybody, an idle fleet asks nothing for it, and long prompts keep away from where many short ones wait.
+
+A second during an answer counts `answer_weight` a, one's own as well as others'; one before the first token counts 1.
 
 Whatever is needed for it is learned (`timing`, `holdings`). That a conversation stays where it began, that a popular prefix
 spreads when its holder's queue is longer than computing it elsewhere, and that a new replica fills gradually, are consequences.
@@ -26,6 +34,7 @@ from anaphora.routing.base import CacheEvent, Choice, Load, Question, Replica, R
 from anaphora.routing.holdings import Holdings, Trail
 from anaphora.routing.inflight import InFlight, Sent
 from anaphora.routing.rates import Decaying
+from anaphora.routing.room import Room, whole_tokens
 from anaphora.routing.timing import Prefill, Timing, prefill
 
 _SAME_MOMENT_S = 0.002
@@ -37,10 +46,8 @@ class ExpectedOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """0: only time counts. 1: only money, and time between equals."""
     seconds_per_money: float = 1000.0
     """What a unit of money is worth in time, where both count."""
-    later_weight: float = 6.0
-    """What a second of computing costs those who come later, in seconds, while the replicas are idle."""
-    others_weight: float = 0.02
-    """How much a second of delay for those who are answered there already counts beside one's own."""
+    answer_weight: float = 0.1
+    """What a second during an answer counts, where one before its first token counts 1."""
     overlap_s: float = 120.0
     """How far back traffic lets expect more of it."""
     memory_s: float = 20.0
@@ -64,6 +71,15 @@ class _Note(NamedTuple):
     """It had to wait for memory: how long its first token took says nothing of prefill."""
 
 
+class _Fleet(NamedTuple):
+    """Of all replicas that are open, lately."""
+
+    busy: float
+    """Share of their time that they spend on prefills; at most nine tenths."""
+    late_s: float
+    """How much later than expected a first token came on average: what is late everywhere tells nothing of one of them."""
+
+
 class _State:
     """What is known of one replica."""
 
@@ -72,12 +88,13 @@ class _State:
         self.started_s: float | None = None
         self.num_answers = 0
         self.last_turn = 0
-        self.tokens_in_flight = 0
+        self.room = Room()
         self.last_first_s = 0.0
         self.departing: list[_Note] = []
         self.departing_from_s = 0.0
         self.prefilled_s = 0.0
         self.recent_s = Decaying(options.overlap_s)
+        self.recent_requests = Decaying(options.overlap_s)
         self.late_s = Decaying(options.memory_s)
         self.late_weight = Decaying(options.memory_s)
         self.failures = Decaying(options.memory_s)
@@ -99,14 +116,14 @@ class Expected:
 
     def pick(self, question: Question, replicas: Sequence[Replica], now_s: float) -> Choice | None:
         best: tuple[float, float, int] | None = None
-        chosen = None
+        chosen: tuple[str, float, int, dict[str, float]] | None = None
         scores: dict[str, float] = {}
-        busy = self._busy(replicas, now_s)
+        fleet = self._fleet(replicas, now_s)
         for replica in replicas:
             state = self._state(replica)
             if not replica.open:
                 continue
-            cached, parts, money = self._estimate(question, replica, state, busy, now_s)
+            own_s, cached, parts, money = self._estimate(question, replica, state, fleet, now_s)
             seconds = sum(parts.values())
             weight = self._options.cost_weight
             score = (1 - weight) * seconds + weight * money * self._options.seconds_per_money
@@ -114,22 +131,23 @@ class Expected:
             rank = (score, seconds, state.last_turn)
             if best is None or rank < best:
                 best = rank
-                chosen = (replica.name, cached, parts)
+                chosen = (replica.name, own_s, cached, parts)
         if chosen is None:
             return None
-        name, cached, parts = chosen
-        own_s = parts["queue"] + parts["prefill"] + parts["answer"] + parts["unexplained"]
+        name, own_s, cached, parts = chosen
         return Choice(name, own_s, cached, parts, scores)
 
-    def _busy(self, replicas: Sequence[Replica], now_s: float) -> float:
-        """Share of their time that the open ones spend on prefills, lately; at most nine tenths."""
+    def _fleet(self, replicas: Sequence[Replica], now_s: float) -> _Fleet:
         states = [self._state(replica) for replica in replicas if replica.open]
         recent_s = sum(state.recent_s(now_s) for state in states)
-        return min(0.9, recent_s / (self._options.overlap_s * max(1, len(states))))
+        late_s, weight = sum(state.late_s(now_s) for state in states), sum(state.late_weight(now_s) for state in states)
+        busy = min(0.9, recent_s / (self._options.overlap_s * max(1, len(states))))
+        return _Fleet(busy, late_s / weight if weight > 0 else 0.0)
 
     def _estimate(
-        self, question: Question, replica: Replica, state: _State, busy: float, now_s: float
-    ) -> tuple[int, dict[str, float], float]:
+        self, question: Question, replica: Replica, state: _State, fleet: _Fleet, now_s: float
+    ) -> tuple[float, int, dict[str, float], float]:
+        """(seconds until it is complete, cached tokens, parts of the score, money)"""
         options, timing = self._options, self._timing(replica.name)
         match = state.holdings.match(question)
         cached = min(match.num_tokens, question.num_tokens - 1)
@@ -142,28 +160,29 @@ class Expected:
         queue_s = self._queue_s(question, replica, state, sent, now_s) + state.foreign_waiting(now_s) * self._mean_prefill_s
         # Whoever runs there now is, on average, half way through: half of them are company for the whole answer.
         beside = len(sent) + foreign
-        context = state.tokens_in_flight / 2 + question.num_tokens
+        context = state.room.whole_tokens / 2 + question.num_tokens
         token_s = timing.token_s(replica.name, beside / 2 + 1, context)
         answer_s = question.output_tokens * token_s
-        alone_s = timing.token_s(replica.name, beside / 2, state.tokens_in_flight / 2)
+        alone_s = timing.token_s(replica.name, beside / 2, state.room.whole_tokens / 2)
         overlap = options.overlap_s / answer_s if answer_s > 0 else 0.0
-        new = 1.0 / (1 + state.num_answers)
+        stalled_s = (decoding + foreign) * (timing.stall * prefill_s + question.output_tokens * (token_s - alone_s))
+        behind = state.recent_requests(now_s) / options.overlap_s * (queue_s + prefill_s / 2) / (1 - fleet.busy)
+        late_s = max(0.0, (state.late_s(now_s) + 4 * fleet.late_s) / (4 + state.late_weight(now_s)))
+        failures = state.failures(now_s)
         parts = {
             "queue": queue_s,
             "prefill": prefill_s,
-            "answer": answer_s,
-            "later": options.later_weight * prefill_s / (1 - busy),
-            "others": options.others_weight
-            * (decoding + foreign)
-            * (timing.stall * prefill_s + question.output_tokens * (token_s - alone_s)),
-            "overlap": state.recent_s(now_s) / (1 + overlap),
-            "unexplained": max(0.0, state.late_s(now_s)) / (4 + state.late_weight(now_s)),
-            "failures": options.failure_s * state.failures(now_s) / (1 + state.failures(now_s)),
-            "new": new * queue_s,
+            "behind": behind * prefill_s,
+            "answer": options.answer_weight * answer_s,
+            "overlap": options.answer_weight * state.recent_s(now_s) / (1 + overlap),
+            "others": options.answer_weight * stalled_s,
+            "unexplained": late_s,
+            "failures": options.failure_s * failures / (1 + failures),
+            "new": queue_s / (1 + state.num_answers),
         }
         price = replica.price
         money = price.input * (question.num_tokens - cached) + price.cached * cached + price.output * question.output_tokens
-        return cached, parts, money
+        return queue_s + prefill_s + answer_s + late_s, cached, parts, money
 
     def _queue_s(self, question: Question, replica: Replica, state: _State, sent: Sequence[Sent[_Note]], now_s: float) -> float:
         drain_s = 0.0
@@ -185,13 +204,15 @@ class Expected:
         """Until those there have given back what the question needs of memory."""
         if replica.capacity_tokens is None:
             return 0.0
-        lacking = state.tokens_in_flight + _tokens(question) - replica.capacity_tokens
+        room = state.room
+        lacking: float = room.taken_tokens + room.needed_tokens(question) - replica.capacity_tokens
         if lacking <= 0:
             return 0.0
         room_s = 0.0
+        share = room.taken_tokens / max(1, room.whole_tokens)  # of what each would give back if nothing were shared
         for one in sorted(sent, key=lambda one: one.note.due_s):
             room_s = abs(one.note.due_s - now_s)
-            lacking -= _tokens(one.question)
+            lacking -= share * whole_tokens(one.question)
             if lacking <= 0:
                 break
         return room_s
@@ -206,14 +227,15 @@ class Expected:
         features = prefill(question.num_tokens, match.num_tokens, sum(match.slower.values()), decoding)
         prefill_s = timing.prefill_s(name, features)
         capacity = state.holdings.capacity_tokens
-        state.tokens_in_flight += _tokens(question)
-        crowded = capacity is not None and state.tokens_in_flight > capacity and self.in_flight.count(name) > 0
+        state.room.take(question)
+        crowded = capacity is not None and state.room.taken_tokens > capacity and self.in_flight.count(name) > 0
         trail = state.holdings.sent(question)
         expected_s = choice.expected_s or 0.0
         wait_s = choice.reasons.get("queue", 0.0)
         note = _Note(trail, features, prefill_s, wait_s, now_s + expected_s, state.prefilled_s, crowded)
         self.in_flight.began(request, Sent(question, choice, now_s, note))
         state.recent_s.add(prefill_s, now_s)
+        state.recent_requests.add(1.0, now_s)
         self._mean_prefill_s += 0.02 * (prefill_s - self._mean_prefill_s)
         self._turn += 1
         state.last_turn = self._turn
@@ -258,14 +280,14 @@ class Expected:
         if state is None:
             return
         state.num_answers += 1
-        state.tokens_in_flight -= _tokens(sent.question)
+        state.room.give(sent.question)
         slack = self._options.count_slack_tokens
         state.holdings.answered(sent.question, note.trail, output_tokens, cached_tokens, slack)
         if sent.first_s is not None and output_tokens > 1 and now_s > sent.first_s:
             token_s = (now_s - sent.first_s) / (output_tokens - 1)
             share = (state.prefilled_s - note.prefilled_s) / (now_s - sent.first_s) * token_s
             beside = len(self.in_flight.of(name)) + 1
-            context = state.tokens_in_flight + _tokens(sent.question)
+            context = state.room.whole_tokens + whole_tokens(sent.question)
             self._timing(name).decoded(name, beside, context, share, token_s)
 
     def failed(self, request: RequestId, now_s: float, *, fault: bool = True) -> None:
@@ -273,7 +295,7 @@ class Expected:
         state = self._states.get(sent.choice.replica)
         if state is None:
             return
-        state.tokens_in_flight -= _tokens(sent.question)
+        state.room.give(sent.question)
         if sent.first_s is None:
             state.holdings.failed(sent.question, sent.note.trail)
         if fault:
@@ -305,7 +327,8 @@ class Expected:
         if state is None:
             state = self._states[replica.name] = _State(self._options)
         if state.started_s is None:
-            state.tokens_in_flight = sum(_tokens(one.question) for one in self.in_flight.of(replica.name))
+            for one in self.in_flight.of(replica.name):
+                state.room.take(one.question)
         elif replica.started_s != state.started_s:
             state.num_answers = 0
             state.holdings.clear()
@@ -320,8 +343,3 @@ class Expected:
         if timing is None:
             timing = self._timings[pool] = Timing()
         return timing
-
-
-def _tokens(question: Question) -> int:
-    """Room that a request takes while it runs."""
-    return question.num_tokens + question.output_tokens
