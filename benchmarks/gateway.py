@@ -3,8 +3,15 @@
 A test upstream streams answers at the pace of a model; so many streams run at the same time, straight to it in one phase,
 through a gateway with one worker in another, and through a relay that only copies bytes in a third, which shows what one more
 process costs on this machine. What is added is the difference of two distributions' percentiles. Every request is another
-question, so that nothing is answered from memory. Client, gateway and upstream share the machine's processors: on few of them
-that costs the gateway more than it would on a machine of its own.
+question, so that nothing is answered from memory, and every answer is learned and booked.
+
+The first byte is that of the body, which the test upstream sends with the head of its answer. As set, 50 streams of 25 tokens a
+second are 1,250 events a second, each a chunk and a packet of its own as providers send them, and 28 new requests: a model's
+usual pace, and the worst case of events that come one at a time. A first byte waits behind whatever else the worker has to do
+at that moment, so the processor time of an event counts for it as much as the way of the request itself; that is why both are
+printed, of the relay as well, below which no process can come. It depends less on what else the machine does than times do.
+Client, gateway and upstream share the machine's processors: on few of them that costs the gateway more than it would on a
+machine of its own.
 
     python benchmarks/gateway.py [--streams 50] [--rounds 3] [--seconds 10] [--dialect anthropic|openai] [--translated]
 """
@@ -57,21 +64,21 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(upstream(args))
         url, process = stack.enter_context(gateway(args, address, upstream_dialect))
-        relayed, _ = stack.enter_context(listening([*relaying, address], dict(os.environ)))
+        relayed, relaying_process = stack.enter_context(listening([*relaying, address], dict(os.environ)))
         asyncio.run(phase(url, args, 2.0, "warm"))
         sides = {"straight": address, "through": url}
         if not args.translated:
             sides["relayed"] = relayed
+        processes = {"through": process, "relayed": relaying_process}
         times: dict[str, list[float]] = {side: [] for side in sides}
-        cpu_s, num = 0.0, 0
+        cpu_s = dict.fromkeys(processes.keys() & sides, 0.0)
         for number in range(args.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
-                before_s = used_s(process.pid)
+                before_s = {side: used_s(processes[side].pid) for side in cpu_s}
                 found = asyncio.run(phase(sides[side], args, args.seconds, f"{side}{number}"))
                 times[side] += found
-                if side == "through":
-                    cpu_s += used_s(process.pid) - before_s
-                    num += len(found)
+                if side in cpu_s:
+                    cpu_s[side] += used_s(processes[side].pid) - before_s[side]
                 print(f"round {number + 1}: {side}: p50 {1000 * percentile(found, 50):.1f} ms", file=sys.stderr, flush=True)
     report: dict[str, Any] = {
         "commit": subprocess.run(
@@ -91,7 +98,8 @@ def main() -> int:
             for side, found in times.items()
             if side != "straight"
         },
-        "gateway_cpu_ms_per_answer": round(1000 * cpu_s / max(1, num), 2),
+        "cpu_ms_per_answer": {side: round(1000 * used / max(1, len(times[side])), 2) for side, used in cpu_s.items()},
+        "cpu_ms_per_event": {side: round(1000 * used / max(1, TOKENS * len(times[side])), 3) for side, used in cpu_s.items()},
         "events_per_answer": TOKENS,
     }
     print(json.dumps(report, indent=2))
