@@ -160,12 +160,7 @@ def read(body: bytes, num_texts: int) -> tuple[list[bytes], int]:
 
 
 def _bytes(vector: str | list[float]) -> bytes:
-    if isinstance(vector, str):
-        return b64decode(vector, validate=True)
-    try:
-        return _turned(array("f", vector)).tobytes()
-    except OverflowError as error:
-        raise ValueError("a number is too large") from error
+    return b64decode(vector, validate=True) if isinstance(vector, str) else _turned(array("f", vector)).tobytes()
 
 
 def _floats(row: bytes) -> array[float]:
