@@ -93,7 +93,7 @@ class Entries:
         """Vectors that came from their file, by id, until their entries have been read: their spaces."""
         self._owed: list[Scope] = []
         """To be forgotten as soon as that is possible."""
-        self._failing = False
+        self._failing: set[str] = set()
         now_s = clock.monotonic_s()
         self._rest_until_s, self._saved_at_s, self._aired_at_s = now_s, now_s, now_s
         self._jobs: deque[Callable[[], None]] = deque()
@@ -317,8 +317,8 @@ class Entries:
         num_jobs = len(self._jobs)  # what comes meanwhile is for the next time
         now_s = self._clock.monotonic_s()
         if num_jobs or now_s >= self._rest_until_s:
-            done = self._attempt("write", self._write) and self._attempt("read", self._read)
-            if done and self._held.num_unsaved * 10 > len(self._held) and now_s - self._saved_at_s > _SAVE_EVERY_S:
+            written, read = self._attempt("write", self._write), self._attempt("read", self._read)
+            if written and read and self._held.num_unsaved * 10 > len(self._held) and now_s - self._saved_at_s > _SAVE_EVERY_S:
                 self._attempt("save", self._save)
         for _ in range(num_jobs):
             self._jobs.popleft()()
@@ -334,14 +334,14 @@ class Entries:
             log.exception("the semantic level's entries failed unexpectedly")
             self._emit(Failed(NAME, operation, repr(error)))
             return False
-        self._failing = False
+        self._failing.discard(operation)
         return True
 
     def _failed(self, operation: str, error: Exception) -> None:
         self._emit(Failed(NAME, operation, str(error)))
-        if not self._failing:
+        if operation not in self._failing:
             log.warning("%s; requests go on with what is in memory", error)
-        self._failing = True
+        self._failing.add(operation)
 
     def _write(self) -> None:
         for scope in list(self._owed):
@@ -383,15 +383,15 @@ class Entries:
         epoch = self._file.epoch
         if epoch == self._seen and changed == self._changed:
             return
-        known: set[int] | None = None
-        last = False
+        position, known, heard, last = self._position, None, list[Labelled](), False
         while not last:
-            news = self._file.news(self._position, _ROWS)
-            known = set() if news.anew else known
+            news = self._file.news(position, _ROWS)
+            known = set[int]() if news.anew else known
             self._heed(news)
             if known is not None:
                 known.update(entry.id for entry in news.entries)
-            self._position, last = news.position, news.last
+            heard += news.labels
+            position, last = news.position, news.last
         if known is not None:
             with self._lock:
                 self._discard(self._held.ids() - known - self._waiting.added.keys(), here_only=True)
@@ -399,7 +399,9 @@ class Entries:
                 if identity not in self._held:
                     self._held.vectors.remove(space, [identity])
             self._loaded = {}
-        self._changed, self._seen = changed, epoch
+        with self._lock:
+            self._heard += heard
+        self._position, self._changed, self._seen = position, changed, epoch
 
     def _heed(self, news: News) -> None:
         fresh = [entry for entry in news.entries if entry.id not in self._held]
@@ -416,7 +418,6 @@ class Entries:
                     self._insert(entry, None if vector is None else np.frombuffer(vector, np.float16))
         with self._lock:
             self._discard(news.removed, here_only=True)
-            self._heard += news.labels
 
     def _load(self) -> None:
         """The vectors of last time, so that no graph has to be built anew."""

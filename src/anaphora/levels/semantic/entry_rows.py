@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -204,8 +205,8 @@ def _entry(row: Sequence[Any]) -> Entry:
         digest=digest,
         key=Key(key),
         text=text,
-        tenant=Tenant(tenant),
-        model=model,
+        tenant=Tenant(sys.intern(tenant)),  # few names, many entries
+        model=sys.intern(model),
         tags=tuple(msgspec.json.decode(tags)),
         stored_at_s=stored_at_s,
         expires_at_s=expires_at_s,
