@@ -113,7 +113,8 @@ class Shadow(msgspec.Struct, frozen=True):
 
     inclusion: float
     missing: int | None = None
-    """Audits without an error, of hits like this one, after which it would be served. None: never; the score is too low, or the budget."""
+    """Audits without an error, of hits like this one, after which it would be served. None: never; its score is too low, or the
+    budget."""
     threshold: float = GRID[-1]
     """What `missing`, `num_audits` and `num_wrong` are about: hits that score at least so much."""
     num_audits: int = 0
