@@ -52,12 +52,11 @@ class Reply:
             self._limit(within_s)
         try:
             chunk = await self._response.content.readany()
-        except TimeoutError:
-            raise
         except (aiohttp.ClientError, OSError) as error:
-            raise Unreachable(_words(error), unsent=False) from error
+            if not self._late:
+                raise Unreachable(_words(error), unsent=False) from error
         self._due_s = None
-        if self._late:
+        if self._late:  # by a hair even if there is something: the stream is marked as failed
             raise TimeoutError
         return chunk
 
