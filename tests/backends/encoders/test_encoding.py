@@ -137,6 +137,26 @@ def test_what_nobody_waits_for_any_more_is_not_computed_further() -> None:
     assert sum(len(texts) for _, texts in encoder.batches) <= 4
 
 
+def test_who_asks_while_it_is_closed_or_afterwards_is_told() -> None:
+    encoder = Letters()
+    encoding = make(encoder)
+
+    async def main() -> None:
+        encoder.go.clear()
+        asking = [asyncio.create_task(encoding.encode(["a" * 10] * 3))]
+        await asyncio.to_thread(encoder.busy.wait, 60)
+        asking.append(asyncio.create_task(encoding.encode(["b"])))
+        await asyncio.sleep(0)
+        encoding._queue.put(None)  # as `close` does, which then waits
+        encoder.go.set()
+        await asyncio.to_thread(encoding.close)
+        asking.append(asyncio.create_task(encoding.encode(["c"])))
+        for failed in await asyncio.gather(*asking, return_exceptions=True):
+            assert isinstance(failed, BackendFailed)
+
+    asyncio.run(main())
+
+
 def test_an_encoder_that_cannot_be_loaded_fails_every_request_with_the_reason() -> None:
     def make() -> Encoder:
         raise ValueError("no such file")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_STOPPING = "The server is stopping."
+
 
 class TextTooLong(Exception):
     """A text has more tokens than the encoder takes, and was not to be cut."""
@@ -65,6 +67,7 @@ class Encoding:
         self._num_jobs = 0
         self._made: Future[Encoder] = Future()
         self._thread: threading.Thread | None = None
+        self._ended = False
 
     def begin(self) -> None:
         """Load the encoder, behind everything else."""
@@ -87,6 +90,8 @@ class Encoding:
             return np.zeros((0, encoder.dimensions), np.float32), []
         job = _Job(texts, kind, whole=whole)
         self._queue.put(job)
+        if self._ended:  # and this may have come too late for it
+            raise BackendFailed(_STOPPING)
         return await asyncio.wrap_future(job.done)
 
     def close(self) -> None:
@@ -109,8 +114,11 @@ class Encoding:
             batch = self._batcher.take()
             if batch:
                 self._compute(encoder, batch)
-        for job in self._jobs.values():
-            _fail(job, BackendFailed("The server is stopping."))
+        self._ended = True
+        late = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        for job in (*self._jobs.values(), *late):
+            if job is not None:
+                _fail(job, BackendFailed(_STOPPING))
 
     def _receive(self, encoder: Encoder) -> bool:
         """Take what has come; where there is nothing to do, wait for it. False: it is over."""
