@@ -3,19 +3,19 @@
     queue       q   until those ahead of it are prefilled, or until its memory has room, whichever is later
   + prefill     p   of what the replica's cache does not hold, loads from slower places included
   + behind      what its prefill costs those who come behind it there:  r · p · (q + p/2) / (1 - b)
-  + answer      a · as long as answers are expected to be, at the speed of as many streams as there are then
-  + overlap     a · what recent traffic there lets expect of those that come while it runs
-  + others      a · what its prefill and its answer cost the streams that run there
+  + later       what it takes of the time that all replicas have left:  p / (1 - b)
+  + answer      as long as answers are expected to be, at the speed of as many streams as there are then
+  + overlap     what recent traffic there lets expect of those that come while it runs
+  + others      what its prefill and its answer cost the streams that run there, by a small weight
   + unexplained how much later than expected first tokens came lately: somebody else's load, a slow machine
   + failures    how often it failed lately, in waits
   + new         1/(1 + n) · q for a replica of n answers
 
-`behind` is what a greedy choice leaves out. Of r requests a second that come to the replica, those that come while this one
-waits (q) are delayed by all of its prefill, those that come while it is prefilled by half of it on average; where replicas are
-busy for a share b of their time the queue lasts 1 / (1 - b) times as long. So computing elsewhere what is cached here must save
-more than it costs everybody, an idle fleet asks nothing for it, and long prompts keep away from where many short ones wait.
-
-A second during an answer counts `answer_weight` a, one's own as well as others'; one before the first token counts 1.
+`behind` and `later` are what a greedy choice leaves out. Of r requests a second that come to the replica, those that come
+while this one waits (q) are delayed by all of its prefill, those that come while it is prefilled by half of it on average;
+where replicas are busy for a share b of their time, the queue lasts 1 / (1 - b) times as long. And whoever needs no certain
+replica finds one idle less often. So computing elsewhere what is cached here must save more than it costs everybody, and long
+prompts keep away from where many short ones wait.
 
 Whatever is needed for it is learned (`timing`, `holdings`). That a conversation stays where it began, that a popular prefix
 spreads when its holder's queue is longer than computing it elsewhere, and that a new replica fills gradually, are consequences.
@@ -46,8 +46,10 @@ class ExpectedOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """0: only time counts. 1: only money, and time between equals."""
     seconds_per_money: float = 1000.0
     """What a unit of money is worth in time, where both count."""
-    answer_weight: float = 0.1
-    """What a second during an answer counts, where one before its first token counts 1."""
+    later_weight: float = 1.0
+    """What a second of the time that all replicas have left is worth."""
+    others_weight: float = 0.02
+    """How much a second of delay for those who are answered there already counts beside one's own."""
     overlap_s: float = 120.0
     """How far back traffic lets expect more of it."""
     memory_s: float = 20.0
@@ -173,9 +175,10 @@ class Expected:
             "queue": queue_s,
             "prefill": prefill_s,
             "behind": behind * prefill_s,
-            "answer": options.answer_weight * answer_s,
-            "overlap": options.answer_weight * state.recent_s(now_s) / (1 + overlap),
-            "others": options.answer_weight * stalled_s,
+            "later": options.later_weight * prefill_s / (1 - fleet.busy),
+            "answer": answer_s,
+            "overlap": state.recent_s(now_s) / (1 + overlap),
+            "others": options.others_weight * stalled_s,
             "unexplained": late_s,
             "failures": options.failure_s * failures / (1 + failures),
             "new": queue_s / (1 + state.num_answers),
