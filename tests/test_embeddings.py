@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 pytest.importorskip("onnxruntime")
 pytest.importorskip("wordllama")
 
+from anaphora.backends.base import Foreign, Forwarded
 from anaphora.build import build
 from anaphora.clock import ManualClock
 from anaphora.config import CacheConfig, Config, EmbeddingsConfig, EngineConfig
 from anaphora.embeddings import EmbeddingRequest, apportioned
-from anaphora.errors import ContextTooLong, LimitReached, ModelNotFound
+from anaphora.errors import ContextTooLong, LimitReached, ModelNotFound, UpstreamFailed
 from anaphora.events import Answered, Embedded, Event
 from anaphora.gateway import Gateway
-from anaphora.types import Request, Tenant
+from anaphora.types import Native, Request, Tenant
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 1000), min_size=1, max_size=50))
@@ -116,6 +118,43 @@ def test_vectors_are_given_as_they_are_kept(storage: str, error: float, tmp_path
         await gateway.start()
         found = await gateway.embed(ask("What is a cache?"))
         assert np.abs(found.vectors - Static().encode(["What is a cache?"])).max() <= error
+        await gateway.aclose()
+
+    asyncio.run(main())
+
+
+class Stalling:
+    """An upstream whose answers begin and never end."""
+
+    closed = False
+
+    def hosts(self, model: str) -> bool:
+        return True
+
+    async def forward(self, asked: Foreign) -> Forwarded:
+        return Forwarded(200, (), self.chunks())
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        try:
+            yield b'{"data": ['
+            await asyncio.Event().wait()
+        finally:
+            self.closed = True
+
+
+def test_an_answer_of_an_upstream_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anaphora.embeddings._BODY_S", 0.01)
+    stalling = Stalling()
+
+    async def main() -> None:
+        gateway = made(tmp_path, [])
+        await gateway.start()
+        assert gateway.embeddings is not None
+        gateway.embeddings._hosting = stalling  # type: ignore[assignment]
+        body = b'{"model": "echo", "input": "a"}'
+        with pytest.raises(UpstreamFailed, match="not over within") as failed:
+            await gateway.embed(EmbeddingRequest("echo", ("a",), native=Native("openai_chat", body)))
+        assert (failed.value.status, stalling.closed) == (504, True)
         await gateway.aclose()
 
     asyncio.run(main())

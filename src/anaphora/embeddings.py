@@ -5,6 +5,7 @@ Two kinds of models: encoders of our own, and whatever upstreams have.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ DIALECT = "openai_chat"
 
 _PASSED_ON = ("x-ratelimit-", "openai-", "x-anaphora-upstream")
 """Headers of an upstream's answer, or what they begin with, that are the client's business."""
+
+
+_BODY_S = 60.0
+"""How long the body of an upstream's answer may take."""
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True):
@@ -295,10 +300,14 @@ class _Run:
 
 
 async def _sent(hosting: Hosting, asked: Foreign) -> tuple[int, tuple[tuple[str, str], ...], bytes]:
-    """Status, headers and body of the upstream's answer."""
+    """Status, headers and body of the upstream's answer. Others may be waiting for it, too, so it has an end."""
     forwarded = await hosting.forward(asked)
     try:
-        data = b"".join([chunk async for chunk in forwarded.chunks])
+        async with asyncio.timeout(_BODY_S):
+            data = b"".join([chunk async for chunk in forwarded.chunks])
+    except TimeoutError as error:
+        message = f"The upstream is too slow: its answer was not over within {_BODY_S:g} s of its beginning."
+        raise UpstreamFailed(message, 504, code="upstream_timeout") from error
     finally:
         await forwarded.chunks.aclose()
     return forwarded.status, forwarded.headers, data
