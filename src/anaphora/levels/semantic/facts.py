@@ -46,8 +46,8 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
     turning = []
     for places, key, own in found:
         for group, value in own:
-            if group == "modality" and places[0] > 3:
-                continue  # not what is asked
+            if group in ("modality", "tense") and not _asked(tokens, places[0], words):
+                continue
             if group != "opposite":
                 marks[group] = (*marks.get(group, ()), value)
         # Negations are counted, not compared.
@@ -77,6 +77,11 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
     )
 
 
+def _asked(tokens: Sequence[Token], place: int, words: Lexicon) -> bool:
+    """`Can I`, `why did it`; not `I must know`. In Russian a question may begin with anything."""
+    return place == 0 or (place < 3 and (tokens[0].low in words.asking or words.language == "ru"))
+
+
 _Found = tuple[Sequence[int], str, tuple[Mark, ...]]
 
 
@@ -100,6 +105,8 @@ def _marked(tokens: Sequence[Token], words: Lexicon) -> Iterator[_Found]:
 
 def _phrase_at(tokens: Sequence[Token], start: int, phrase: Phrase) -> list[int]:
     """Where its words are; none if it does not stand here."""
+    if phrase.stems[0] != tokens[start].stem and phrase.words[0] != tokens[start].low:
+        return []
     places = [start]
     last = len(phrase.words) - 1
     for number in range(1, last + 1):
@@ -133,15 +140,16 @@ _NAMED = ("name", "date", "language", "unit", "format")
 def _names(tokens: Sequence[Token], words: Lexicon, found: Sequence[_Found]) -> frozenset[str]:
     named = {place for places, _, marks in found if any(group in _NAMED for group, _ in marks) for place in places}
     inner = [token for token in tokens if token.kind == "word" and token.content and not token.opens]
+    shouted = not any(token.text[-1:].islower() for token in tokens)
     titled = len(inner) > 4 and sum(token.text[:1].isupper() for token in inner) > 0.7 * len(inner)
     names = set()
     for place, token in enumerate(tokens):
         if token.text == token.low and token.text.isalpha():
             continue
-        if token.kind != "word" or place in named or token.low in FOLDED:
+        if token.kind != "word" or place in named or token.low in FOLDED or shouted:
             continue
         mixed = any(map(str.isdigit, token.low))
-        short = len(token.text) > 1 and token.text.isupper() and not titled
+        short = len(token.text) > 1 and token.text.isupper() and not titled and (token.content or token.low in words.doubtful)
         capital = token.text[:1].isupper() and not token.opens and not titled and token.content
         if mixed or short or capital:
             names.add(token.stem)

@@ -208,7 +208,13 @@ def _derived(a: Prepared, b: Prepared) -> bool:
 def _order(a: Prepared, b: Prepared) -> bool:
     if "joining" in a.facts.marks and "joining" in b.facts.marks:
         return False
-    return _crossed(a.facts, b.facts) or _reversed(a.facts, b.facts) or _agent(a.facts, b.facts) or _agent(b.facts, a.facts)
+    same_words = set(a.content) ^ set(b.content) <= lexicon(a.language or "en").filler
+    return (
+        _crossed(a.facts, b.facts)
+        or (same_words and _reversed(a.facts, b.facts))
+        or _agent(a.facts, b.facts)
+        or _agent(b.facts, a.facts)
+    )
 
 
 def _crossed(a: Facts, b: Facts) -> bool:
@@ -314,7 +320,7 @@ def _added(a: Prepared, b: Prepared) -> bool:
     return (
         not added.isdisjoint(b.facts.governed)
         and set(a.content) <= set(b.content)
-        and all(b.facts.roles.get(word) for word in added)
+        and all(b.facts.roles.get(word) in lexicon(b.language or "en").conditions for word in added)
     )
 
 

@@ -34,6 +34,7 @@ class Phrase(msgspec.Struct, frozen=True):
 
     words: tuple[str, ...]
     stems: tuple[str, ...]
+    """Empty where only the word itself will do."""
     marks: tuple[Mark, ...]
     apart: bool
     """Others may stand before the last one: turn it off."""
@@ -68,6 +69,8 @@ class Lexicon(msgspec.Struct, frozen=True):
     """Count as what they are marked only after a number: am, m."""
     prepositions: frozenset[str]
     """What gives the words after it their role."""
+    conditions: frozenset[str]
+    """Those of them that narrow what is asked: during, without."""
     passive: frozenset[str]
     """With one of these the words after `agent` are who does it."""
     agent: str
@@ -104,6 +107,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     doubtful: str
     attached: str
     prepositions: str
+    conditions: str
     passive: str
     agent: str
     prefixes: list[tuple[str, str]]
@@ -134,11 +138,17 @@ def lexicon(language: Language) -> Lexicon:
 
     for entry, mark in _entries(file):
         if " " in entry:
-            parts = tuple(part for part in entry.split() if part != "~")
-            beginnings = tuple(part if part in function else irregular.get(part) or stem_of(part, endings) for part in parts)
-            phrase = Phrase(parts, beginnings, (mark,), "~" in entry)
-            known = phrases.get(beginnings[0], ())
-            phrases[beginnings[0]] = tuple(sorted((*known, phrase), key=lambda other: -len(other.words)))
+            parts = [part for part in entry.split() if part != "~"]
+            bare = tuple(part.removeprefix("=") for part in parts)
+            cut = [part if part in function else irregular.get(part) or stem_of(part, endings) for part in bare]
+            phrase = Phrase(
+                words=bare,
+                stems=tuple("" if part.startswith("=") else stem for part, stem in zip(parts, cut, strict=True)),
+                marks=(mark,),
+                apart="~" in entry,
+            )
+            known = phrases.get(cut[0], ())
+            phrases[cut[0]] = tuple(sorted((*known, phrase), key=lambda other: -len(other.words)))
         elif entry.endswith("*"):
             add(starts, entry[:-1], mark)
         elif entry.startswith("="):
@@ -164,6 +174,7 @@ def lexicon(language: Language) -> Lexicon:
         doubtful=frozenset(file.doubtful.split()),
         attached=frozenset(file.attached.split()),
         prepositions=frozenset(file.prepositions.split()),
+        conditions=frozenset(file.conditions.split()),
         passive=frozenset(file.passive.split()),
         agent=file.agent,
     )
