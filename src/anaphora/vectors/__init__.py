@@ -26,7 +26,7 @@ __all__ = ["SMALL", "Vectors", "VectorsDamaged", "remove"]
 
 log = logging.getLogger(__name__)
 
-SMALL = 1000
+SMALL = 500
 """So many vectors are compared about as quickly as they are searched in a graph (`benchmarks/vectors.py`)."""
 MAX_COMPARED = 2000
 """Of rows that are not in the graph yet, as many of the newest are compared, so that a search stays quick while very many come

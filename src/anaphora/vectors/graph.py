@@ -21,6 +21,8 @@ LINKS = 16
 WIDTH_ADDING = 128
 WIDTH_SEARCHING = 32
 """How many of the nearest found so far are kept while looking for nearer ones."""
+NODE_BYTES = 270
+"""Of a vector's links and keys, measured."""
 
 _SCRUB = 1 << 62
 """Ids from here on are used while scrubbing."""
@@ -49,7 +51,8 @@ class Graph:
 
     @property
     def num_bytes(self) -> int:
-        return int(self._index.memory_usage)
+        """About: usearch itself counts address space that it has not used yet."""
+        return len(self._index) * (self._index.ndim + NODE_BYTES)
 
     def add(self, identity: int, code: Codes) -> None:
         self._index.add(np.array([identity], np.uint64), code[np.newaxis], threads=1)

@@ -220,12 +220,12 @@ class Entries:
     # -- for whoever can wait ------------------------------------------------------------------------------------------
 
     async def labels(self) -> list[Labelled]:
-        """All that are left, the oldest first. Raises EntriesFailed."""
-        return await self._ask(self._file.labels)
+        """All that are left, the oldest first; none where the file cannot be read."""
+        return await self._rows(self._file.labels)
 
     async def decisions(self, tenant: str | None = None, *, request: str = "", limit: int = -1) -> list[Decision]:
-        """As `EntryFile` says."""
-        return await self._ask(lambda: self._file.decisions(tenant, request=request, limit=limit))
+        """As `EntryFile` says; none where the file cannot be read."""
+        return await self._rows(lambda: self._file.decisions(tenant, request=request, limit=limit))
 
     async def flush(self) -> None:
         """Return when everything is in the file, or could not be written, and what others wrote is here."""
@@ -301,6 +301,13 @@ class Entries:
             self._jobs.append(job)
         self._awake.set()
         return await asyncio.wrap_future(answer)
+
+    async def _rows(self, read: Callable[[], list[T]]) -> list[T]:
+        try:
+            return await self._ask(read)
+        except EntriesFailed as error:
+            self._failed("read", error)
+            return []
 
     def _run(self) -> None:
         self._load()
