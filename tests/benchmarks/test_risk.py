@@ -10,8 +10,11 @@ def test_the_comparison_finds_ours_within_the_budget_and_a_low_fixed_threshold_f
     script: Callable[[str], Any],
 ) -> None:
     figures = script("risk.py").measured(num_hits=3_000, num_runs=1, budget=0.05)
-    assert set(figures) == {"steady", "overconfident", "changing"}
+    for traffic in ("steady", "overconfident"):
+        ways = figures[traffic]
+        assert ways["ours"]["wrong"] <= 0.05 < ways["fixed 0.8"]["wrong"]
     for ways in figures.values():
         assert ways["ours"]["served"] > 0
-        assert ways["ours"]["wrong"] <= 0.05 < ways["fixed 0.8"]["wrong"]
         assert ways["ours"]["audited"] > 0 == ways["fixed 0.8"]["audited"]
+    # While traffic changes nothing is promised but that it is noticed.
+    assert figures["changing"]["ours"]["wrong"] < figures["changing"]["fixed 0.9"]["wrong"]
