@@ -13,6 +13,7 @@ from typing import Final
 from anaphora.levels.semantic.facts import Facts
 from anaphora.levels.semantic.lexicon import lexicon, units
 from anaphora.levels.semantic.numbers import Number
+from anaphora.levels.semantic.roles import another_agent, crossed, turned_round
 from anaphora.levels.semantic.texts import Prepared
 
 Guard = Callable[[Prepared, Prepared], bool]
@@ -210,53 +211,11 @@ def _order(a: Prepared, b: Prepared) -> bool:
         return False
     same_words = set(a.content) ^ set(b.content) <= lexicon(a.language or "en").filler
     return (
-        _crossed(a.facts, b.facts)
-        or (same_words and _reversed(a.facts, b.facts))
-        or _agent(a.facts, b.facts)
-        or _agent(b.facts, a.facts)
+        crossed(a.facts, b.facts)
+        or (same_words and turned_round(a.facts, b.facts))
+        or another_agent(a.facts, b.facts)
+        or another_agent(b.facts, a.facts)
     )
-
-
-def _crossed(a: Facts, b: Facts) -> bool:
-    """From X to Y, from Y to X; X than Y, Y than X."""
-    moved = {
-        (_role(a.roles[word]), _role(b.roles[word]))
-        for word in a.roles.keys() & b.roles.keys()
-        if _role(a.roles[word]) != _role(b.roles[word])
-    }
-    raw = {(a.roles[word], b.roles[word]) for word in a.roles.keys() & b.roles.keys() if a.roles[word] != b.roles[word]}
-    return any((there, here) in pairs for pairs in (moved, raw) for here, there in pairs)
-
-
-def _role(preposition: str) -> str:
-    """`Convert X to Y` and `convert from X to Y` are the same."""
-    return "" if preposition in ("from", "de", "desde", "из", "с") else preposition
-
-
-def _reversed(a: Facts, b: Facts) -> bool:
-    """Dog bites man, man bites dog."""
-    if a.agents or b.agents:
-        return False
-    place = {word: number for number, word in enumerate(b.order)}
-    there = [place[word] for word in a.order if word in place]
-    if (
-        len(there) == 2
-        and there[0] > there[1]
-        and (set(a.order) & set(b.order) <= a.names & b.names or a.question == b.question == "who")
-    ):
-        return True  # what did Ann tell Bob; who beat Brazil, who did Brazil beat
-    return any(max(there[:middle]) > there[middle] > min(there[middle + 1 :]) for middle in range(1, len(there) - 1))
-
-
-def _agent(passive: Facts, active: Facts) -> bool:
-    """The farm is used by Adam, the farm uses Adam."""
-    if not passive.agents or active.agents or passive.question or active.question:
-        return False
-    for agent in passive.agents & set(active.order):
-        earlier = active.order[: active.order.index(agent)]
-        if any(word in passive.order for word in earlier):
-            return True
-    return False
 
 
 # Words that matter ------------------------------------------------------------------------------------------------------
