@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from anaphora.embeddings import Embeddings
     from anaphora.fleet import Fleet
     from anaphora.ledger.allowance import Allowance
-    from anaphora.levels.embedding import Vectors
+    from anaphora.levels.embedding import EmbeddingLevel, Vectors
     from anaphora.levels.semantic.level import SemanticLevel
     from anaphora.tiers.valkey import ValkeyTier
     from anaphora.wire.upstream import UpstreamDialect
@@ -252,15 +252,10 @@ def _embeddings(
         raise ConfigError("embeddings.models: NumPy is not installed: install anaphora[embeddings]")
     from anaphora.backends.encoders.encoding import Encoders
     from anaphora.embeddings import Embeddings
-    from anaphora.levels.embedding import EmbeddingLevel, EmbeddingOptions
 
-    cache = msgspec.structs.replace(config.cache, ram=settings.ram, disk=settings.disk, shared_size=settings.shared_size)
-    options = StoreOptions(ttl_s=settings.ttl_s or None)
-    store = Store(_tiers(cache, "embeddings", clock, emit), clock=clock, options=options, emit=emit)
-    level = EmbeddingLevel(EmbeddingOptions(storage=settings.storage), store=store, clock=clock, emit=emit)
     try:
         return Embeddings(
-            level,
+            embedding_level(config, clock, emit),
             Encoders(ENCODERS.load, threads=settings.threads),
             settings.models,
             catalogue=catalogue,
@@ -274,8 +269,19 @@ def _embeddings(
         raise ConfigError(f"embeddings.models: {error}") from error
 
 
+def embedding_level(config: Config, clock: Clock, emit: Emit = ignore) -> EmbeddingLevel:
+    """Raises ConfigError."""
+    from anaphora.levels.embedding import EmbeddingLevel, EmbeddingOptions
+
+    settings = config.embeddings
+    cache = msgspec.structs.replace(config.cache, ram=settings.ram, disk=settings.disk, shared_size=settings.shared_size)
+    options = StoreOptions(ttl_s=settings.ttl_s or None)
+    store = Store(_tiers(cache, "embeddings", clock, emit), clock=clock, options=options, emit=emit)
+    return EmbeddingLevel(EmbeddingOptions(storage=settings.storage), store=store, clock=clock, emit=emit)
+
+
 _JUDGE_TOKENS = 8
-_UNRELATED = {"e5": 0.75}
+UNRELATED = {"e5": 0.75}
 """Cosine that an encoder gives texts about different things, where it is far from 0."""
 
 
@@ -313,7 +319,7 @@ def _semantic(
         max_chars=settings.max_chars,
         shared=settings.shared,
         routes=tuple(Route(**msgspec.structs.asdict(route)) for route in settings.routes),
-        unrelated=_UNRELATED.get(settings.encoder, 0.0),
+        unrelated=UNRELATED.get(settings.encoder, 0.0),
     )
     level: type[SemanticLevel] = LEVELS.load("semantic")
     verifier = shipped()
