@@ -61,6 +61,7 @@ from anaphora.testing.tiers import make_key
 from anaphora.testing.valkey import ValkeyServer, server_program
 from anaphora.tiers.base import ALL_KEPT_SHARE, ENTRY_OVERHEAD, Entry, Eviction, Tier
 from anaphora.tiers.disk import DiskOptions, DiskTier, index
+from anaphora.tiers.disk.traces import SharedTraces
 from anaphora.tiers.ram import RamOptions, RamTier
 from anaphora.tiers.valkey import ValkeyOptions, ValkeyTier, scripts
 from anaphora.tiers.valkey.framing import unpacked
@@ -539,7 +540,7 @@ def disk_makes_no_room(patch: Patch) -> None:
 
 
 def disk_leaves_no_traces(patch: Patch) -> None:
-    patch.setattr(index.SharedTraces, "add", lambda self, key: None)
+    patch.setattr(SharedTraces, "add", lambda self, key: None)
 
 
 def disk_leaves_files(patch: Patch) -> None:
