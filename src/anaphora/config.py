@@ -629,7 +629,7 @@ def _structured(setting: Setting, text: str) -> Any:
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
-            raise ValueError(f"expected JSON: {error}") from error
+            raise ValueError(f"expected {setting.path.partition('.')[2]} as JSON: {error}") from error
     if setting.path == "gateway.optimiser":
         return {"mode": text}
     if setting.path in ("engine.aliases", "engine.profile", "embeddings.models"):

@@ -484,7 +484,7 @@ def test_only_what_was_audited_is_for_all_tenants(run: Run) -> None:
         await world.ask(SAME, "Click on forgot.")  # in shadow, and the same: now it is
         found = await world.ask(OTHER_WORDS, tenant="c")
         assert reason(found) is MissReason.SHADOW  # known, but this tenant has no evidence
-        found = await world.ask("How can I reset my password?!", tenant="b")
+        found = await world.ask(OTHER_WORDS, tenant="b")
         assert isinstance(found, Hit)
 
     run(body, SemanticOptions(risk=RISK, audit_share=0.01, shared=True))
