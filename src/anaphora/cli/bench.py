@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from anaphora.cli import bench_routing
+from anaphora.cli import bench_routing, bench_semantic
 from anaphora.cli.measuring import machine, progress
 from anaphora.cli.parsing import Commands, add_command, add_config_flag, add_json_flag
 from anaphora.config import load
@@ -35,6 +35,7 @@ def register(commands: Commands) -> None:
     bench.set_defaults(run=None, usage=bench)
     benchmarks = bench.add_subparsers(title="benchmarks", metavar="COMMAND")
     bench_routing.register(benchmarks)
+    bench_semantic.register(benchmarks)
     parser = add_command(
         benchmarks,
         "prefix",

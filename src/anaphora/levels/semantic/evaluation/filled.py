@@ -1,0 +1,236 @@
+"""A cache that was filled before, asked questions whose truth is known: what each way of deciding gives. Pure.
+
+Thresholds of cosine that are chosen by what they would have given are of two kinds: chosen on the very questions they are
+judged by, which nobody can do, and chosen on one half of the questions and judged by the other, both ways round.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from anaphora.levels.semantic.comparing import Verifies, compare
+from anaphora.levels.semantic.evaluation.figures import at_most, interval, loosest
+from anaphora.levels.semantic.evaluation.kept import Kept, Vector, Vectors, space_of
+from anaphora.levels.semantic.evaluation.questions import DataSet, Wording, is_right
+from anaphora.levels.semantic.evaluation.ways import DEFAULTS
+from anaphora.levels.semantic.texts import prepare
+
+ALLOWED_TRAPS = 0.03
+
+
+class Looked(msgspec.Struct, frozen=True):
+    """What is found for one question."""
+
+    kind: str
+    answerable: bool
+    """There is a right answer, wherever it lies."""
+    cosine: float
+    """Of the nearest. -1: there is none."""
+    nearest_right: bool
+    score: float
+    """Of our candidate. 0: there is none."""
+    found_right: bool
+    threshold: float
+    """From which our verifier, as shipped, says yes in the question's language."""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """What one way of deciding gives."""
+
+    way: str
+    num_asked: int
+    num_answerable: int
+    num_served: int
+    num_right: int
+    num_wrong: int
+    wrong_at_most: float
+    """Of what is served, with 95 % confidence."""
+    hit_rate: float
+    """Of the questions with a right answer, those that get it."""
+    hit_rate_interval: tuple[float, float]
+    threshold: float | None = None
+    num_traps: int = 0
+    """Questions without a right answer, and of those how many get one."""
+    num_traps_served: int = 0
+    of_cosine: float | None = None
+    """Right ones, in multiples of those of the best cosine that is as seldom wrong."""
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """What one kind of question gets: shares of those that are served."""
+
+    kind: str
+    num: int
+    answerable: bool
+    ours: float
+    cosine: float
+
+
+class Filled(msgspec.Struct, frozen=True):
+    num_cached: int
+    num_asked: int
+    num_repeats: int
+    """Asked in the very words of a cached one: the exact level's, so left out."""
+    rows: list[Row]
+    kinds: list[Kind]
+
+
+Thresholds = Callable[[str], float]
+"""By language: from which the verifier, as shipped, says yes."""
+
+
+async def look_up(
+    data: DataSet, vectors: Vectors, verifier: Verifies, thresholds: Thresholds, *, unrelated: float
+) -> list[Looked]:
+    kept, places = Kept(vectors), set()
+    meanings = {wording.means for wording in data.cached}
+    for wording in data.cached:
+        if (wording.space, wording.text) not in places:
+            kept.add(wording)
+            places.add((wording.space, wording.text))
+    asked = [wording for wording in data.asked if (wording.space, wording.text) not in places]
+    return [
+        await _looked(wording, kept, vectors, verifier, thresholds, unrelated, wording.means in meanings) for wording in asked
+    ]
+
+
+async def _looked(
+    wording: Wording,
+    kept: Kept,
+    vectors: Vectors,
+    verifier: Verifies,
+    thresholds: Thresholds,
+    unrelated: float,
+    answerable: bool,
+) -> Looked:
+    prepared = prepare(wording.text)
+
+    async def vector() -> Vector:
+        return vectors[wording.text]
+
+    found = await compare(
+        prepared, [space_of(wording)], kept, verifier, vector, lambda _id, _content: False, unrelated=unrelated
+    )
+    nearest = kept.nearest(wording)
+    candidate = None if not found.candidate or found.entry is None else kept.wording(found.entry.id)
+    return Looked(
+        kind=wording.kind,
+        answerable=answerable,
+        cosine=-1.0 if nearest is None else nearest[1],
+        nearest_right=nearest is not None and is_right(wording, kept.wording(nearest[0])),
+        score=0.0 if candidate is None or found.score is None else found.score,
+        found_right=candidate is not None and is_right(wording, candidate),
+        threshold=thresholds(prepared.language),
+    )
+
+
+def judged(data: DataSet, looked: Sequence[Looked], *, budget: float, seed: int = 1) -> Filled:
+    cosines, nearest_right = [one.cosine for one in looked], [one.nearest_right for one in looked]
+
+    def row(way: str, served: Sequence[bool], right: Sequence[bool], threshold: float | None = None) -> Row:
+        return _row(way, looked, served, right, threshold)
+
+    def by_cosine(way: str, threshold: float) -> Row:
+        served = [cosine >= threshold for cosine in cosines]
+        return row(way, served, nearest_right, None if math.isinf(threshold) else threshold)
+
+    ours = row("ours, as shipped", [ours_serves(one) for one in looked], [one.found_right for one in looked])
+    own_error = ours.num_wrong / ours.num_served if ours.num_served else 0.0
+    best = by_cosine(f"cosine, at most {budget:.0%} wrong here", loosest(cosines, nearest_right, budget))
+    as_ours = by_cosine("cosine, no more wrong than ours", loosest(cosines, nearest_right, own_error))
+    against = max(best.num_right if own_error <= budget else 0, as_ours.num_right)
+    ours = msgspec.structs.replace(ours, of_cosine=ours.num_right / against if against else None)
+    halves = _halves(len(looked), seed)
+    rows = [
+        ours,
+        row("ours, same content alone", [one.score == 1 for one in looked], [one.found_right for one in looked]),
+        _chosen(
+            f"ours, score from the other half, {budget:.0%}",
+            looked,
+            halves,
+            [max(one.score, 0.0) for one in looked],
+            [one.found_right for one in looked],
+            budget,
+        ),
+        best,
+        as_ours,
+        _chosen(f"cosine, from the other half, {budget:.0%}", looked, halves, cosines, nearest_right, budget),
+        *(by_cosine(way, threshold) for way, threshold in DEFAULTS.items()),
+    ]
+    traps = sorted((one.cosine for one in looked if not one.answerable), reverse=True)
+    few = _above(traps, ALLOWED_TRAPS)
+    if traps:
+        rows.insert(5, by_cosine(f"cosine, at most {ALLOWED_TRAPS:.0%} of traps here", few))
+    kinds = [
+        Kind(
+            kind,
+            len(of),
+            of[0].answerable,
+            sum(map(ours_serves, of)) / len(of),
+            sum(one.cosine >= few for one in of) / len(of),
+        )
+        for kind in dict.fromkeys(one.kind for one in looked)
+        if (of := [one for one in looked if one.kind == kind])
+    ]
+    num_asked = len(data.asked)
+    return Filled(len(data.cached), num_asked, num_asked - len(looked), rows, kinds if len(kinds) > 1 else [])
+
+
+def ours_serves(one: Looked) -> bool:
+    return one.score > 0 and one.score >= one.threshold
+
+
+def _row(
+    way: str, looked: Sequence[Looked], served: Sequence[bool], right: Sequence[bool], threshold: float | None = None
+) -> Row:
+    num_served = sum(served)
+    num_right = sum(one and true for one, true in zip(served, right, strict=True))
+    hits = [one and true for one, true, of in zip(served, right, looked, strict=True) if of.answerable]
+    traps = [one for one, of in zip(served, looked, strict=True) if not of.answerable]
+    return Row(
+        way=way,
+        num_asked=len(looked),
+        num_answerable=len(hits),
+        num_served=num_served,
+        num_right=num_right,
+        num_wrong=num_served - num_right,
+        wrong_at_most=at_most(num_served - num_right, num_served),
+        hit_rate=sum(hits) / len(hits) if hits else 0.0,
+        hit_rate_interval=interval(hits),
+        threshold=threshold,
+        num_traps=len(traps),
+        num_traps_served=sum(traps),
+    )
+
+
+def _chosen(
+    way: str,
+    looked: Sequence[Looked],
+    halves: tuple[list[int], list[int]],
+    scores: Sequence[float],
+    right: Sequence[bool],
+    budget: float,
+) -> Row:
+    """Each half served by the threshold that the other one chose."""
+    served = [False] * len(looked)
+    for judge, other in (halves, halves[::-1]):
+        threshold = loosest([scores[i] for i in other], [right[i] for i in other], budget)
+        for i in judge:
+            served[i] = scores[i] >= threshold and scores[i] > 0
+    return _row(way, looked, served, right)
+
+
+def _halves(num: int, seed: int) -> tuple[list[int], list[int]]:
+    order = list(range(num))
+    random.Random(seed).shuffle(order)
+    return order[: num // 2], order[num // 2 :]
+
+
+def _above(descending: Sequence[float], allowed: float) -> float:
+    """The lowest threshold that at most the share `allowed` of `descending` reaches."""
+    num = int(allowed * len(descending))
+    return math.inf if num >= len(descending) else math.nextafter(descending[num], math.inf)
