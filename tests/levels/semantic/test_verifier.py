@@ -1,0 +1,82 @@
+"""The verifier that is shipped: what it says, that it says the same again, and what it says of nonsense."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anaphora.levels.semantic.guards import refusal
+from anaphora.levels.semantic.texts import prepare
+from anaphora.levels.semantic.verifier import MOST, Verifier
+
+GOLDEN = Path(__file__).parent / "verifier_golden.json"
+WORDS = ["how", "do", "I", "not", "can", "cancel", "my", "card", "3", "30", "London", "from", "to", "before", "?", "по", "la"]
+verifier = Verifier.load()
+
+
+@pytest.mark.parametrize("row", json.loads(GOLDEN.read_text(encoding="utf-8")), ids=lambda row: row["b"][:40])
+def test_the_shipped_weights_give_the_probabilities_they_were_shipped_with(row):
+    given_now = verifier.probability(prepare(row["a"]), prepare(row["b"]), row["similarity"])
+
+    assert given_now == pytest.approx(row["probability"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("How do I turn on notifications?", "How do I turn off notifications?"),
+        ("Can I fly from Oslo to Rome?", "Can I fly from Rome to Oslo?"),
+        ("What is the limit for 3 users?", "What is the limit for 30 users?"),
+        ("Does the fee apply before the trial?", "Does the fee apply after the trial?"),
+        ("How do I unlock the account?", "How do I lock the account?"),
+    ],
+)
+def test_what_turns_a_question_around_is_not_served_however_alike_the_vectors_are(a, b):
+    one, other = prepare(a), prepare(b)
+
+    assert refusal(one, other) is not None or verifier.probability(one, other, 0.99) < verifier.threshold
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("How do I change my email address?", "How can I change my email address?"),
+        ("How do I cancel my subscription?", "how do i cancle my subscription"),
+        ("What is the price of the pro plan?", "What's the price of the pro plan, please?"),
+    ],
+)
+def test_the_same_question_slightly_changed_is_served(a, b):
+    assert verifier.probability(prepare(a), prepare(b), 0.95) >= verifier.threshold
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "served"),
+    [
+        ("¿Cómo puedo cancelar mi suscripción?", "cómo puedo cancelar mi suscripción, gracias", True),
+        ("¿Cómo puedo cancelar mi suscripción?", "¿Cómo puedo renovar mi suscripción?", False),
+        ("Как мне отменить подписку?", "как мне отменить подписку, пожалуйста", True),
+        ("Как мне отменить подписку?", "Как мне продлить подписку?", False),
+        ("How do I cancel my subscription?", "¿Cómo puedo cancelar mi suscripción?", False),
+    ],
+)
+def test_in_other_languages_only_the_same_words_are_served(a, b, served):
+    assert (verifier.probability(prepare(a), prepare(b), 0.95) >= verifier.plain_threshold) is served
+
+
+questions = st.one_of(
+    st.text(max_size=60),
+    st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join),
+)
+
+
+@settings(deadline=None)
+@given(questions, questions, st.floats(-1, 1, width=32))
+def test_a_probability_is_symmetric_the_same_again_and_never_certain(a, b, similarity):
+    one, other = prepare(a), prepare(b)
+
+    probability = verifier.probability(one, other, similarity)
+
+    assert 0.0 <= probability <= MOST
+    assert probability == verifier.probability(other, one, similarity) == Verifier.load().probability(one, other, similarity)
