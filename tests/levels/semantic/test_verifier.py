@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ verifier = Verifier.load()
 
 
 @pytest.mark.parametrize("row", json.loads(GOLDEN.read_text(encoding="utf-8")), ids=lambda row: row["b"][:40])
-def test_the_shipped_weights_give_the_probabilities_they_were_shipped_with(row):
+def test_the_shipped_weights_give_the_probabilities_they_were_shipped_with(row: dict[str, Any]) -> None:
     given_now = verifier.probability(prepare(row["a"]), prepare(row["b"]), row["similarity"])
 
     assert given_now == pytest.approx(row["probability"], abs=1e-3)
@@ -33,7 +34,7 @@ def test_the_shipped_weights_give_the_probabilities_they_were_shipped_with(row):
         ("How do I unlock the account?", "How do I lock the account?"),
     ],
 )
-def test_what_turns_a_question_around_is_not_served_however_alike_the_vectors_are(a, b):
+def test_what_turns_a_question_around_is_not_served_however_alike_the_vectors_are(a: str, b: str) -> None:
     one, other = prepare(a), prepare(b)
 
     assert refusal(one, other) is not None or verifier.probability(one, other, 0.99) < verifier.threshold
@@ -47,7 +48,7 @@ def test_what_turns_a_question_around_is_not_served_however_alike_the_vectors_ar
         ("What is the price of the pro plan?", "What's the price of the pro plan, please?"),
     ],
 )
-def test_the_same_question_slightly_changed_is_served(a, b):
+def test_the_same_question_slightly_changed_is_served(a: str, b: str) -> None:
     assert verifier.probability(prepare(a), prepare(b), 0.95) >= verifier.threshold
 
 
@@ -61,7 +62,7 @@ def test_the_same_question_slightly_changed_is_served(a, b):
         ("How do I cancel my subscription?", "¿Cómo puedo cancelar mi suscripción?", False),
     ],
 )
-def test_in_other_languages_only_the_same_words_are_served(a, b, served):
+def test_in_other_languages_only_the_same_words_are_served(a: str, b: str, served: bool) -> None:
     assert (verifier.probability(prepare(a), prepare(b), 0.95) >= verifier.plain_threshold) is served
 
 
@@ -73,7 +74,7 @@ questions = st.one_of(
 
 @settings(deadline=None)
 @given(questions, questions, st.floats(-1, 1, width=32))
-def test_a_probability_is_symmetric_the_same_again_and_never_certain(a, b, similarity):
+def test_a_probability_is_symmetric_the_same_again_and_never_certain(a: str, b: str, similarity: float) -> None:
     one, other = prepare(a), prepare(b)
 
     probability = verifier.probability(one, other, similarity)

@@ -3,33 +3,23 @@ with each other. Symmetric: each pair of one-sided values is given as the smalle
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from anaphora.levels.semantic.matching import Match, is_prefixed, is_typo, relation_of, same_words
 from anaphora.levels.semantic.reading import COUNTER_PARTICLES, Reading, words_of
-from anaphora.levels.semantic.words import Relation, words
+from anaphora.levels.semantic.words import Relation
 
 Row = list[float]
 
 NONE: Final = Relation(False, False, False, False, False, False, False)
-PREFIXES: Final = ("un", "in", "im", "dis", "non", "de", "ir", "il", "mis", "over", "under", "pre", "post", "re", "anti")
-
-
-class Match(NamedTuple):
-    """The words of one question that the other one has not, as places in its content."""
-
-    left: list[int]
-    right: list[int]
-    shared: list[tuple[int, int]]
-    """Places of the same word."""
 
 
 def features(a: Reading, b: Reading, similarity: float) -> Row:
     """In the order of `NAMES`."""
-    match = _match(a, b)
+    match = same_words(a, b)
     row: Row = [similarity]
     row += _surface(a, b)
     row += _content(a, b, match, similarity)
@@ -40,8 +30,8 @@ def features(a: Reading, b: Reading, similarity: float) -> Row:
 
 def plain_features(a: Reading, b: Reading) -> Row:
     """Those that need no lexicon of English words, in the order of `PLAIN_NAMES`."""
-    match = _match(a, b)
-    typos = sum(_is_typo(a.low[i], b.low[j]) for i in match.left for j in match.right)
+    match = same_words(a, b)
+    typos = sum(is_typo(a.low[i], b.low[j]) for i in match.left for j in match.right)
     return [
         *_surface(a, b),
         *_both(len(match.left), len(match.right)),
@@ -87,85 +77,6 @@ SURFACE: Final = [
     "bigrams",
     "token_overlap",
 ]
-
-
-def _match(a: Reading, b: Reading) -> Match:
-    """Same words paired, each once; a word that is written as two (`log in`, `login`) as well."""
-    free: dict[int | str, list[int]] = {}
-    for place, word in enumerate(b.sequence):
-        free.setdefault(word, []).append(place)
-    shared, left = [], []
-    for place, word in enumerate(a.sequence):
-        if places := free.get(word):
-            shared.append((place, places.pop(0)))
-        else:
-            left.append(place)
-    taken = {place for _, place in shared}
-    right = [place for place in range(len(b.sequence)) if place not in taken]
-    if left and right:
-        left, right = _without_joined(a, left, b, right)
-        right, left = _without_joined(b, right, a, left)
-    return Match(left, right, shared)
-
-
-def _without_joined(a: Reading, left: list[int], b: Reading, right: list[int]) -> tuple[list[int], list[int]]:
-    """Without the words of `a` that stand in `b` as two."""
-    for place in left:
-        word = a.low[place].replace("-", "")
-        for first, second in b.bigrams:
-            if len(first) + len(second) == len(word) and first + second == word:
-                kept = [other for other in right if b.low[other] not in (first, second)]
-                return [other for other in left if other != place], kept
-    return left, right
-
-
-@lru_cache(maxsize=65536)
-def _relation(one: int, other: int) -> Relation:
-    return words().relation(one, other)
-
-
-def _is_typo(one: str, other: str) -> bool:
-    """One slip apart: a letter missing, wrong or in the wrong place; in longer words two."""
-    if abs(len(one) - len(other)) > 2 or min(len(one), len(other)) < 4 or one[0] != other[0]:
-        return False
-    allowed = 2 if min(len(one), len(other)) > 7 else 1
-    return _distance(one, other) <= allowed
-
-
-@lru_cache(maxsize=16384)
-def _distance(one: str, other: str) -> int:
-    """Edits, a swap of neighbours being one."""
-    before: list[int] = []
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        older, before, row = before, row, [i]
-        for j, target in enumerate(other, 1):
-            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != target))
-            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == target:
-                cost = min(cost, older[j - 2] + 1)
-            row.append(cost)
-    return row[-1]
-
-
-@lru_cache(maxsize=16384)
-def _is_prefixed(one: str, other: str) -> bool:
-    """`suitable` and `unsuitable`; `include` and `exclude`."""
-    short, long = (one, other) if len(one) < len(other) else (other, one)
-    if len(short) > 3 and long.endswith(short) and long[: len(long) - len(short)] in PREFIXES:
-        return True
-    return any(
-        one.startswith(x) and other.startswith(y) and one[len(x) :] == other[len(y) :] and len(one) > len(x) + 2
-        for x, y in _SWAPPED
-    )
-
-
-_SWAPPED: Final = tuple(
-    pair
-    for x, y in (("in", "ex"), ("in", "out"), ("up", "down"), ("over", "under"), ("pre", "post"), ("im", "ex"), ("en", "dis"),
-                 ("in", "de"),
-                 ("up", "off"), ("on", "off"), ("en", "de"), ("max", "min"), ("inter", "intra"), ("ad", "dis"), ("as", "des"))
-    for pair in ((x, y), (y, x))
-)  # fmt: skip
 
 
 def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
@@ -216,13 +127,13 @@ def _compare(a: Reading, i: int, b: Reading, j: int, alike: float, counts: dict[
     """How far one word may stand for the other, and whether it excludes it."""
     one, other = a.low[i], b.low[j]
     known = a.lemmas[i] >= 0 and b.lemmas[j] >= 0
-    relation = _relation(a.lemmas[i], b.lemmas[j]) if known else NONE
-    prefixed = _is_prefixed(one, other)
+    relation = relation_of(a.lemmas[i], b.lemmas[j]) if known else NONE
+    prefixed = is_prefixed(one, other)
     typo = (
         not prefixed
         and not (relation.opposite or relation.exclusive)
         and (a.unknown[i] or b.unknown[j])
-        and _is_typo(one, other)
+        and is_typo(one, other)
     )
     for name, holds in zip(RELATIONS, (*relation, prefixed, typo), strict=True):
         if holds:

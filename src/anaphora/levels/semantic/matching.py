@@ -1,0 +1,100 @@
+"""Which words of two questions are the same, and how far apart two words are. Pure."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from anaphora.levels.semantic.reading import Reading
+from anaphora.levels.semantic.words import Relation, words
+
+PREFIXES: Final = ("un", "in", "im", "dis", "non", "de", "ir", "il", "mis", "over", "under", "pre", "post", "re", "anti")
+
+
+class Match(NamedTuple):
+    """The words of one question that the other one has not, as places in its content."""
+
+    left: list[int]
+    right: list[int]
+    shared: list[tuple[int, int]]
+    """Places of the same word."""
+
+
+def same_words(a: Reading, b: Reading) -> Match:
+    """Same words paired, each once; a word that is written as two (`log in`, `login`) as well."""
+    free: dict[int | str, list[int]] = {}
+    for place, word in enumerate(b.sequence):
+        free.setdefault(word, []).append(place)
+    shared, left = [], []
+    for place, word in enumerate(a.sequence):
+        if places := free.get(word):
+            shared.append((place, places.pop(0)))
+        else:
+            left.append(place)
+    taken = {place for _, place in shared}
+    right = [place for place in range(len(b.sequence)) if place not in taken]
+    if left and right:
+        left, right = _without_joined(a, left, b, right)
+        right, left = _without_joined(b, right, a, left)
+    return Match(left, right, shared)
+
+
+def _without_joined(a: Reading, left: list[int], b: Reading, right: list[int]) -> tuple[list[int], list[int]]:
+    """Without the words of `a` that stand in `b` as two."""
+    for place in left:
+        word = a.low[place].replace("-", "")
+        for first, second in b.bigrams:
+            if len(first) + len(second) == len(word) and first + second == word:
+                kept = [other for other in right if b.low[other] not in (first, second)]
+                return [other for other in left if other != place], kept
+    return left, right
+
+
+@lru_cache(maxsize=65536)
+def relation_of(one: int, other: int) -> Relation:
+    """What two lemmas have to do with each other."""
+    return words().relation(one, other)
+
+
+def is_typo(one: str, other: str) -> bool:
+    """One slip apart: a letter missing, wrong or in the wrong place; in longer words two."""
+    if abs(len(one) - len(other)) > 2 or min(len(one), len(other)) < 4 or one[0] != other[0]:
+        return False
+    allowed = 2 if min(len(one), len(other)) > 7 else 1
+    return _distance(one, other) <= allowed
+
+
+@lru_cache(maxsize=16384)
+def _distance(one: str, other: str) -> int:
+    """Edits, a swap of neighbours being one."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        older, before, row = before, row, [i]
+        for j, target in enumerate(other, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != target))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == target:
+                cost = min(cost, older[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
+
+
+@lru_cache(maxsize=16384)
+def is_prefixed(one: str, other: str) -> bool:
+    """`suitable` and `unsuitable`; `include` and `exclude`."""
+    short, long = (one, other) if len(one) < len(other) else (other, one)
+    if len(short) > 3 and long.endswith(short) and long[: len(long) - len(short)] in PREFIXES:
+        return True
+    return any(
+        one.startswith(x) and other.startswith(y) and one[len(x) :] == other[len(y) :] and len(one) > len(x) + 2
+        for x, y in _SWAPPED
+    )
+
+
+_SWAPPED: Final = tuple(
+    pair
+    for x, y in (("in", "ex"), ("in", "out"), ("up", "down"), ("over", "under"), ("pre", "post"), ("im", "ex"), ("en", "dis"),
+                 ("in", "de"),
+                 ("up", "off"), ("on", "off"), ("en", "de"), ("max", "min"), ("inter", "intra"), ("ad", "dis"), ("as", "des"))
+    for pair in ((x, y), (y, x))
+)  # fmt: skip
