@@ -34,7 +34,7 @@ audit_share = 0.001
 """
 ASKED = "What is the capital of France?"
 SAME = "what is the capital of FRANCE"
-OTHER_WORDS = "Which city is the capital of France?"
+OTHER_WORDS = "What is France's capital?"
 TRAP = "What is the capital of Germany?"
 PAIRS = [
     {"question": ASKED, "other": SAME, "same": True},
@@ -124,16 +124,22 @@ def test_it_is_streamed_where_a_stream_is_asked_for(gpt: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == first
 
 
-def test_it_is_answered_in_anthropics_dialect_too(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
-    fields: dict[str, Any] = {"model": "smollm2", "max_tokens": 12, "extra_body": {"temperature": 0}}
-    first, _ = say(gpt, ASKED)
-    raw = claude.messages.with_raw_response.create(messages=[{"role": "user", "content": OTHER_WORDS}], **fields)
+def test_it_is_answered_in_anthropics_dialect_too(claude: anthropic.Anthropic, server: str) -> None:
+    num_known = report(server)["questions"]["num_entries"]
+
+    def asking(text: str) -> dict[str, Any]:
+        return {"model": "smollm2", "max_tokens": 12, "messages": [{"role": "user", "content": text}]}
+
+    first = claude.messages.create(**asking(ASKED)).content[0]
+    assert first.type == "text"
+    _until(lambda: report(server)["questions"]["num_entries"] > num_known)
+    raw = claude.messages.with_raw_response.create(**asking(OTHER_WORDS))
     assert raw.headers["cache-status"].endswith("detail=semantic")
     block = raw.parse().content[0]
     assert block.type == "text"
-    assert block.text == first
-    with claude.messages.stream(messages=[{"role": "user", "content": SAME}], **fields) as stream:
-        assert stream.get_final_text() == first
+    assert block.text == first.text
+    with claude.messages.stream(**asking(SAME)) as stream:
+        assert stream.get_final_text() == first.text
 
 
 def test_a_trap_is_computed(gpt: openai.OpenAI, server: str) -> None:

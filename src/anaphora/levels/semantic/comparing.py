@@ -22,6 +22,8 @@ MIN_SIMILARITY = 0.5
 """Cosine below which nothing asks the same: the verifier need not be asked."""
 MIN_SCORE = 0.5
 """Probability of being right below which a candidate is none."""
+SURE = 0.95
+"""Score from which none of the neighbours further away is looked at."""
 GREY = 0.15
 """From here to `MIN_SCORE` a judge, where there is one, has the last word."""
 
@@ -88,12 +90,12 @@ async def compare(
         if entry is not None and not refuted(entry.id, content):
             return Compared("verifier", "the same content", entry, None, 1.0, candidate=True)
     near = [pair for space in spaces for pair in entries.near(space, await vector(), NUM_NEIGHBOURS)]
-    found = [
-        _judged(prepared, entry, similarity, verifier, refuted=refuted(entry.id, content))
-        for entry, cosine in near
-        if (similarity := (cosine - unrelated) / (1 - unrelated)) >= MIN_SIMILARITY
-    ]
-    best = max(found, key=_rank, default=NOTHING)
+    best = NOTHING
+    for entry, cosine in sorted(near, key=lambda pair: pair[1], reverse=True):
+        similarity = (cosine - unrelated) / (1 - unrelated)
+        if similarity < MIN_SIMILARITY or (best.score or 0.0) >= SURE:
+            break
+        best = max(best, _judged(prepared, entry, similarity, verifier, refuted=refuted(entry.id, content)), key=_rank)
     if best.candidate or fits is None or best.entry is None or best.score is None or best.score < GREY:
         return best
     yes = await fits(best.entry)
