@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from anaphora.levels.semantic.evaluation.questions import DataSet
 
 DATA_SETS = (
-    "fow-cache", "fow-conversations", "checklist-qqp", "banking77", "clinc150", "xquad-en", "xquad-es", "xquad-ru",
+    "fow-cache", "fow-conversations", "fow-last-messages",
+    "checklist-qqp", "banking77", "clinc150", "xquad-en", "xquad-es", "xquad-ru",
 )  # fmt: skip
 QUICK = 60
 """Questions of a set, cached ones and asked ones, for a first look."""
@@ -67,6 +68,9 @@ def register(benchmarks: Commands) -> None:
     parser.add_argument(
         "--asked", type=_number, default=10_000, metavar="N", help="questions of one stream (default: %(default)s)"
     )
+    parser.add_argument(
+        "--examples", type=_number, default=0, metavar="N", help="wrong answers of ours to print (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="small samples: under a minute, and no figures to quote")
     parser.add_argument("--cache-dir", dest="cache.dir", metavar="DIR", help="where vectors are kept for the next time")
     parser.add_argument("--output", metavar="FILE", help="also write the JSON to FILE")
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     text = json.dumps(told, indent=2)
     if args.output:
         Path(args.output).write_text(text + "\n")
-    print(text) if args.json else _tables(told)
+    print(text) if args.json else _tables(told, args.examples)
     return 0
 
 
@@ -188,13 +192,16 @@ _WIDTH = 150
 """Of tables that are not read on a terminal."""
 
 
-def _tables(told: dict[str, Any]) -> None:
+def _tables(told: dict[str, Any], num_examples: int) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for one in told["data_sets"]:
         for table in _of(one):
             console.print(table)
+        for pair in one["filled"]["wrong"][:num_examples]:
+            text = f"{pair['score']:.2f} “{pair['asked']}” ({pair['means']}) ← “{pair['cached']}” ({pair['cached_means']})"
+            console.print(text, markup=False, highlight=False)
     cpu = told["machine"]["cpu"]
     console.print(
         f"anaphora {told['version']}, commit {told['commit']}; {cpu}, {told['machine']['cores']} cores", highlight=False
@@ -214,7 +221,7 @@ def _of(one: dict[str, Any]) -> Iterator[Any]:
     )
     for row in filled["rows"]:
         low, high = row["hit_rate_interval"]
-        more = "" if row["of_cosine"] is None else f" ({row['of_cosine']:.1f}× cosine's)"
+        more = "" if row["of_cosine"] is None else f" ({_times(row)} cosine's)"
         threshold = "" if row["threshold"] is None else f" ({row['threshold']:.3f})"
         table.add_row(
             row["way"] + threshold,
@@ -235,6 +242,11 @@ def _of(one: dict[str, Any]) -> Iterator[Any]:
         yield table
     if one["streams"]:
         yield _streams(one, wrong)
+
+
+def _times(row: dict[str, Any]) -> str:
+    low, high = row["of_cosine_interval"]
+    return f"{row['of_cosine']:.1f}× [{low:.1f}-{'' if high is None else f'{high:.1f}'}]"
 
 
 def _streams(one: dict[str, Any], wrong: str) -> Any:

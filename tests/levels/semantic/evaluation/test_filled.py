@@ -67,7 +67,8 @@ def told(*found: Looked) -> Filled:
 
 
 def one(*, score: float, cosine: float, right: bool, answerable: bool = True) -> Looked:
-    return Looked("", answerable, cosine, right, score, right, 0.8)
+    asked = Wording("asked", "this")
+    return Looked(asked, Wording("cached", "this" if right else "that"), answerable, cosine, right, score, right, 0.8)
 
 
 def test_rows_count_what_is_served_right_and_wrong() -> None:
@@ -89,6 +90,8 @@ def test_rows_count_what_is_served_right_and_wrong() -> None:
     assert (swept.threshold, swept.num_right, swept.num_wrong) == (0.95, 3, 1)
     assert (rows["RedisVL's default"].num_served, rows["GPTCache's default"].num_served) == (4, 4)
     assert ours.of_cosine == pytest.approx(2 / 3)  # a cosine that is as often wrong is right three times
+    assert ours.of_cosine_interval[0] <= 2 / 3
+    assert [(wrong.asked, wrong.cached_means, wrong.score) for wrong in found.wrong] == [("asked", "that", 0.85)]
 
 
 def test_a_cosine_that_no_threshold_makes_good_serves_nothing() -> None:

@@ -137,13 +137,17 @@ def test_a_conversation_is_compared_only_with_what_went_on_in_the_same_words() -
             "b": conversation(first, "I see.", "cancel it"),
         }
 
-    data = sets.fow_conversations(
-        fow(conversations=[row("1", same=False, first="I have a phone."), row("2", same=True, first="I have a gym card.")])
+    package = fow(
+        conversations=[row("1", same=False, first="I have a phone."), row("2", same=True, first="I have a gym card.")]
     )
+    data = sets.fow_conversations(package)
     assert data.cached[0].space != data.asked[0].space
     assert data.cached[1].space == data.asked[1].space
     assert [is_right(*pair) for pair in zip(data.asked, data.cached, strict=True)] == [False, True]
     assert not data.streamed
+    alone = sets.fow_last_messages(package)
+    assert all(asked.space == cached.space for asked, cached in zip(alone.asked, alone.cached, strict=True))
+    assert [asked.text for asked in alone.asked] == ["cancel it", "cancel it"]
 
 
 def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

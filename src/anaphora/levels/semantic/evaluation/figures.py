@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 CONFIDENCE = 0.95
 
@@ -55,11 +56,11 @@ def interval(flags: Sequence[bool], *, rounds: int = 1000, seed: int = 1) -> tup
     return float(low), float(high)
 
 
-def loosest(scores: Sequence[float], right: Sequence[bool], allowed: float) -> float:
+def loosest(scores: npt.ArrayLike, right: npt.ArrayLike, allowed: float) -> float:
     """The threshold with the most right ones among which at most `allowed` of all that reach it are wrong; infinity: none."""
-    if not scores:
-        return math.inf
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
+    if not len(values):
+        return math.inf
     order = np.argsort(-values, kind="stable")
     values, wrong = values[order], np.cumsum(~truth[order])
     num = np.arange(1, len(values) + 1)

@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from anaphora.levels.semantic.comparing import Verifies, compare
 from anaphora.levels.semantic.evaluation.figures import at_most, interval, loosest
@@ -20,16 +22,22 @@ from anaphora.levels.semantic.evaluation.ways import DEFAULTS
 from anaphora.levels.semantic.texts import prepare
 
 ALLOWED_TRAPS = 0.03
+NOTHING = -1.0
+NUM_SHOWN = 50
+ROUNDS = 200
+"""Of drawing the questions again."""
 
 
 class Looked(msgspec.Struct, frozen=True):
     """What is found for one question."""
 
-    kind: str
+    asked: Wording
+    candidate: Wording | None
+    """Ours."""
     answerable: bool
     """There is a right answer, wherever it lies."""
     cosine: float
-    """Of the nearest. -1: there is none."""
+    """Of the nearest. `NOTHING`: there is none."""
     nearest_right: bool
     score: float
     """Of our candidate. 0: there is none."""
@@ -57,7 +65,9 @@ class Row(msgspec.Struct, frozen=True):
     """Questions without a right answer, and of those how many get one."""
     num_traps_served: int = 0
     of_cosine: float | None = None
-    """Right ones, in multiples of those of the best cosine that is as seldom wrong."""
+    """Right ones, in multiples of those of the best cosine that is no more often wrong than this way, or than the budget."""
+    of_cosine_interval: tuple[float, float | None] = (0.0, None)
+    """95 %, by drawing the questions again, and the best cosine anew for each draw. None: without a limit."""
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -70,6 +80,16 @@ class Kind(msgspec.Struct, frozen=True):
     cosine: float
 
 
+class Wrong(msgspec.Struct, frozen=True):
+    """An answer of ours that the truth says is wrong."""
+
+    asked: str
+    means: str
+    cached: str
+    cached_means: str
+    score: float
+
+
 class Filled(msgspec.Struct, frozen=True):
     num_cached: int
     num_asked: int
@@ -77,6 +97,8 @@ class Filled(msgspec.Struct, frozen=True):
     """Asked in the very words of a cached one: the exact level's, so left out."""
     rows: list[Row]
     kinds: list[Kind]
+    wrong: list[Wrong]
+    """The first `NUM_SHOWN`."""
 
 
 Thresholds = Callable[[str], float]
@@ -118,9 +140,10 @@ async def _looked(
     nearest = kept.nearest(wording)
     candidate = None if not found.candidate or found.entry is None else kept.wording(found.entry.id)
     return Looked(
-        kind=wording.kind,
+        asked=wording,
+        candidate=candidate,
         answerable=answerable,
-        cosine=-1.0 if nearest is None else nearest[1],
+        cosine=NOTHING if nearest is None else nearest[1],
         nearest_right=nearest is not None and is_right(wording, kept.wording(nearest[0])),
         score=0.0 if candidate is None or found.score is None else found.score,
         found_right=candidate is not None and is_right(wording, candidate),
@@ -135,15 +158,16 @@ def judged(data: DataSet, looked: Sequence[Looked], *, budget: float, seed: int 
         return _row(way, looked, served, right, threshold)
 
     def by_cosine(way: str, threshold: float) -> Row:
-        served = [cosine >= threshold for cosine in cosines]
-        return row(way, served, nearest_right, None if math.isinf(threshold) else threshold)
+        served = [cosine >= threshold and cosine > NOTHING for cosine in cosines]
+        return row(way, served, nearest_right, threshold if NOTHING < threshold < math.inf else None)
 
     ours = row("ours, as shipped", [ours_serves(one) for one in looked], [one.found_right for one in looked])
     own_error = ours.num_wrong / ours.num_served if ours.num_served else 0.0
     best = by_cosine(f"cosine, at most {budget:.0%} wrong here", loosest(cosines, nearest_right, budget))
     as_ours = by_cosine("cosine, no more wrong than ours", loosest(cosines, nearest_right, own_error))
-    against = max(best.num_right if own_error <= budget else 0, as_ours.num_right)
-    ours = msgspec.structs.replace(ours, of_cosine=ours.num_right / against if against else None)
+    ratio, low, high = _of_cosine(looked, budget, seed)
+    if ratio is not None:
+        ours = msgspec.structs.replace(ours, of_cosine=ratio, of_cosine_interval=(low, high))
     halves = _halves(len(looked), seed)
     rows = [
         ours,
@@ -152,7 +176,7 @@ def judged(data: DataSet, looked: Sequence[Looked], *, budget: float, seed: int 
             f"ours, score from the other half, {budget:.0%}",
             looked,
             halves,
-            [max(one.score, 0.0) for one in looked],
+            [one.score for one in looked],
             [one.found_right for one in looked],
             budget,
         ),
@@ -171,17 +195,46 @@ def judged(data: DataSet, looked: Sequence[Looked], *, budget: float, seed: int 
             len(of),
             of[0].answerable,
             sum(map(ours_serves, of)) / len(of),
-            sum(one.cosine >= few for one in of) / len(of),
+            sum(one.cosine >= few and one.cosine > NOTHING for one in of) / len(of),
         )
-        for kind in dict.fromkeys(one.kind for one in looked)
-        if (of := [one for one in looked if one.kind == kind])
+        for kind in dict.fromkeys(one.asked.kind for one in looked)
+        if (of := [one for one in looked if one.asked.kind == kind])
     ]
     num_asked = len(data.asked)
-    return Filled(len(data.cached), num_asked, num_asked - len(looked), rows, kinds if len(kinds) > 1 else [])
+    wrong = [
+        Wrong(one.asked.text, one.asked.means, one.candidate.text, one.candidate.means, one.score)
+        for one in looked
+        if ours_serves(one) and not one.found_right and one.candidate is not None
+    ]
+    shown = kinds if len(kinds) > 1 else []
+    return Filled(len(data.cached), num_asked, num_asked - len(looked), rows, shown, wrong[:NUM_SHOWN])
 
 
 def ours_serves(one: Looked) -> bool:
     return one.score > 0 and one.score >= one.threshold
+
+
+def _of_cosine(looked: Sequence[Looked], budget: float, seed: int) -> tuple[float | None, float, float | None]:
+    """Right answers of ours in multiples of the best cosine's, with a 95 % interval."""
+    served = np.array([ours_serves(one) for one in looked], dtype=bool)
+    right = served & np.array([one.found_right for one in looked], dtype=bool)
+    cosines = np.array([one.cosine for one in looked])
+    nearest_right = np.array([one.nearest_right for one in looked], dtype=bool)
+
+    def ratio(places: npt.NDArray[np.int64]) -> float:
+        num_served, num_right = int(served[places].sum()), int(right[places].sum())
+        allowed = max(budget, 1 - num_right / num_served if num_served else 0.0)
+        threshold = loosest(cosines[places], nearest_right[places], allowed)
+        against = int((nearest_right[places] & (cosines[places] >= threshold)).sum())
+        return num_right / against if against else math.inf if num_right else 0.0
+
+    found = ratio(np.arange(len(looked)))
+    if not math.isfinite(found):
+        return None, 0.0, None
+    dice = np.random.default_rng(seed)
+    drawn = sorted(ratio(dice.integers(0, len(looked), len(looked))) for _ in range(ROUNDS))
+    low, high = drawn[round(0.025 * ROUNDS)], drawn[round(0.975 * ROUNDS) - 1]
+    return found, low, (high if math.isfinite(high) else None)
 
 
 def _row(

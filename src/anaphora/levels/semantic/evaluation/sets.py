@@ -10,7 +10,8 @@ What their labels are a truth of:
   others is wrong. There are no paraphrases, so right answers are for spellings made by rule (case, thanks, a slip of the pen);
   other rules change a number or a word, which makes another question.
 - `fow-cache`: pairs written to be the same question or to look like it. `fow-conversations`: pairs of conversations with about
-  the same last message. The verifier has seen none of either.
+  the same last message, and `fow-last-messages` those messages alone, as caches see them that leave the conversation out. The
+  verifier has seen none of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from anaphora.errors import ConfigError
 from anaphora.levels.semantic.evaluation.questions import DataSet, Wording
@@ -81,6 +84,13 @@ def _paired(name: str, pairs: Iterable[tuple[str, str, str, bool, str]], like: D
         cached.append(Wording(one, number, number, number, kind))
         asked_later.append(Wording(other, number if same else f"{number}, other", number, number, kind))
     return DataSet(name, tuple(cached), tuple(asked_later), seen=like.seen, streamed=(*cached, *asked_later))
+
+
+def fow_last_messages(package: Any) -> DataSet:
+    rows = package.load_conversations()
+    pairs = [(row["id"], row["a"][-1]["content"], row["b"][-1]["content"], row["same_answer"], row["subtype"]) for row in rows]
+    found = _paired("fow-last-messages", pairs, DataSet("", (), ()))
+    return msgspec.structs.replace(found, streamed=())
 
 
 def fow_conversations(package: Any) -> DataSet:
@@ -188,5 +198,9 @@ FILES: dict[str, Callable[[Path], DataSet]] = {
     "xquad-es": lambda data: xquad(data, "es"),
     "xquad-ru": lambda data: xquad(data, "ru"),
 }
-PACKAGED: dict[str, Callable[[Any], DataSet]] = {"fow-cache": fow_questions, "fow-conversations": fow_conversations}
+PACKAGED: dict[str, Callable[[Any], DataSet]] = {
+    "fow-cache": fow_questions,
+    "fow-conversations": fow_conversations,
+    "fow-last-messages": fow_last_messages,
+}
 NAMES = (*PACKAGED, *FILES)
