@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from anaphora.keys import derived_key, request_key
+from anaphora.keys import derived_key, digest, digests, request_key
 from anaphora.types import (
     Key,
     MediaPart,
@@ -248,3 +248,8 @@ def test_strings_are_taken_as_they_are(text: str) -> None:
     others = ["", "e", "\u02fe", "\u00e9", "e\u0301"]
     keys = {key_of(Request("m", prompts=(other,))) for other in others if other != text}
     assert key_of(Request("m", prompts=(text,))) not in keys
+
+
+@given(st.binary(max_size=80), st.lists(st.binary(max_size=80)))
+def test_digests_of_many_contents_are_those_of_each(seed: bytes, contents: list[bytes]) -> None:
+    assert digests(seed, contents) == [digest((seed, content)) for content in contents]

@@ -16,15 +16,23 @@ import msgspec
 from anaphora.types import BlockHash, Key, Message, Part, Request, Tenant, ToolResultPart, ToolUsePart
 
 KEY_SCHEMA = 1
+_BEGINNING = b"anaphora-key" + KEY_SCHEMA.to_bytes(4, "little")
 
 
 def digest(fields: Iterable[bytes]) -> bytes:
     """SHA-256 over the length-framed `fields`, behind the key schema. 32 bytes."""
-    h = hashlib.sha256(b"anaphora-key" + KEY_SCHEMA.to_bytes(4, "little"))
+    h = hashlib.sha256(_BEGINNING)
     for field in fields:
         h.update(len(field).to_bytes(8, "little"))
         h.update(field)
     return h.digest()
+
+
+def digests(seed: bytes, contents: Iterable[bytes]) -> list[bytes]:
+    """`digest((seed, content))` of each of `contents`, for those who have many."""
+    sha256 = hashlib.sha256
+    head = _BEGINNING + len(seed).to_bytes(8, "little") + seed
+    return [sha256(head + len(content).to_bytes(8, "little") + content).digest() for content in contents]
 
 
 def kv_namespace(tenant: Tenant, fingerprint: str, salt: str | None = None, *, apart: bool = False) -> bytes:

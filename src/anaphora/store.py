@@ -77,25 +77,15 @@ class Store:
             for behind in self._slower:
                 behind.tier.touch((key,))  # or the hottest entries would look unused there
             return entry
-        for behind in self._slower:
-            pending = behind.pending.get(key)
-            if pending is not None and not pending.entry.expired(self._clock.now_s()):
-                return pending.entry
-        return None
+        return self._unwritten(key)
 
     async def get(self, key: Key) -> Entry | None:
         return self.get_now(key) or (await self.get_many((key,))).get(key)
 
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
         """Those of `keys` that some tier has."""
-        found: dict[Key, Entry] = {}
-        missing: list[Key] = []
-        for key in keys:
-            entry = self.get_now(key)
-            if entry is None:
-                missing.append(key)
-            else:
-                found[key] = entry
+        found = self._many_now(keys)
+        missing = [key for key in keys if key not in found]
         for position, behind in enumerate(self._slower):
             if not missing:
                 break
@@ -103,6 +93,26 @@ class Store:
                 found[key] = self._promoted(key, entry, position)
             missing = [key for key in missing if key not in found]
         return found
+
+    def _many_now(self, keys: Collection[Key]) -> dict[Key, Entry]:
+        """`get_now` of each of `keys`, in one step."""
+        self._heed_erasures()
+        found: dict[Key, Entry] = {}
+        if (first := self._first) is not None:
+            found = {key: entry for key in keys if (entry := first.get_now(key)) is not None}
+            for behind in self._slower:
+                behind.tier.touch(found)
+        if len(found) < len(keys):
+            found |= {key: entry for key in keys if key not in found and (entry := self._unwritten(key)) is not None}
+        return found
+
+    def _unwritten(self, key: Key) -> Entry | None:
+        """The entry, if it is waiting to be written to a slower tier."""
+        for behind in self._slower:
+            pending = behind.pending.get(key)
+            if pending is not None and not pending.entry.expired(self._clock.now_s()):
+                return pending.entry
+        return None
 
     async def locate(self, keys: Collection[Key]) -> dict[Key, tuple[str, int]]:
         """Where each of `keys` lies: the name of the fastest tier that has it, and its size there. Nothing is read or used."""

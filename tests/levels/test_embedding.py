@@ -217,6 +217,20 @@ def test_a_vector_is_the_same_bit_for_bit_whether_it_was_computed_or_remembered(
     run(body, storage=storage)
 
 
+def test_every_number_that_half_a_float_can_be_is_given_back_as_it_was() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    row = halves[np.isfinite(halves)].astype(np.float32)
+
+    async def body(level: EmbeddingLevel, compute: Counting, clock: ManualClock) -> None:
+        async def all_of_them(texts: list[str]) -> Encoded:
+            return Encoded(row[None], [1])
+
+        found = await level.embed(["a"], space=MANN, compute=all_of_them)
+        assert found.vectors.tobytes() == row.tobytes()
+
+    run(body)
+
+
 def test_numbers_too_large_for_half_a_float_are_kept_whole() -> None:
     async def body(level: EmbeddingLevel, compute: Counting, clock: ManualClock) -> None:
         async def large(texts: list[str]) -> Encoded:

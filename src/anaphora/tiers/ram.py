@@ -51,7 +51,7 @@ class RamTier:
         entry = self._entries.get(key)
         if entry is None:
             return None
-        if entry.expired(self._clock.now_s()):
+        if entry.expires_at_s is not None and entry.expired(self._clock.now_s()):
             self._remove(key)
             return None
         self._policy.touch(key)
