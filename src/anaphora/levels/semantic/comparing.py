@@ -22,8 +22,6 @@ MIN_SIMILARITY = 0.5
 """Cosine below which nothing asks the same: the verifier need not be asked."""
 MIN_SCORE = 0.5
 """Probability of being right below which a candidate is none."""
-SURE = 0.95
-"""Score from which none of the neighbours further away is looked at."""
 GREY = 0.15
 """From here to `MIN_SCORE` a judge, where there is one, has the last word."""
 
@@ -78,7 +76,7 @@ async def compare(
     *,
     unrelated: float = 0.0,
 ) -> Compared:
-    """The best candidate of all `spaces`, else what the nearest entry failed by.
+    """The nearest candidate of all `spaces`, else what the one that came nearest to being one failed by.
 
     `vector` is the question's, computed only where content alone finds nothing. `refuted` says, of an entry's id and a content,
     that the answer was found wrong for it. `fits` asks the judge about an entry. `unrelated` is the cosine that texts about
@@ -93,7 +91,7 @@ async def compare(
     best = NOTHING
     for entry, cosine in sorted(near, key=lambda pair: pair[1], reverse=True):
         similarity = (cosine - unrelated) / (1 - unrelated)
-        if similarity < MIN_SIMILARITY or (best.score or 0.0) >= SURE:
+        if similarity < MIN_SIMILARITY or best.candidate:
             break
         best = max(best, _judged(prepared, entry, similarity, verifier, refuted=refuted(entry.id, content)), key=_rank)
     if best.candidate or fits is None or best.entry is None or best.score is None or best.score < GREY:
