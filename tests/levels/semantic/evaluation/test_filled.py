@@ -55,6 +55,14 @@ def test_every_question_goes_through_the_steps_and_beside_the_nearest_cosine() -
     assert (same.score, same.found_right) == (1.0, True)  # the same content needs no verifier
 
 
+def test_the_very_words_of_a_cached_question_are_left_out_where_the_exact_level_answers_them() -> None:
+    for exact, num in ((True, 3), (False, 4)):
+        data = DataSet("birds", CACHED, ASKED, exact=exact)
+        found = asyncio.run(look_up(data, VECTORS, Word(), lambda _language: 0.8, unrelated=0.0))
+        assert len(found) == num
+        assert judged(data, found, budget=0.01).num_repeats == 4 - num
+
+
 def test_what_guards_or_the_verifier_refuse_is_no_candidate() -> None:
     first, trap, _ = looked(explain=0.4)
     assert first.score == trap.score == 0

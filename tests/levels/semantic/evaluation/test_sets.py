@@ -148,6 +148,7 @@ def test_a_conversation_is_compared_only_with_what_went_on_in_the_same_words() -
     alone = sets.fow_last_messages(package)
     assert all(asked.space == cached.space for asked, cached in zip(alone.asked, alone.cached, strict=True))
     assert [asked.text for asked in alone.asked] == ["cancel it", "cancel it"]
+    assert not alone.exact  # the exact level, too, is asked with the conversation
 
 
 def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

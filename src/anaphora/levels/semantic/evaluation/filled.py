@@ -114,7 +114,7 @@ async def look_up(
         if (wording.space, wording.text) not in places:
             kept.add(wording)
             places.add((wording.space, wording.text))
-    asked = [wording for wording in data.asked if (wording.space, wording.text) not in places]
+    asked = [wording for wording in data.asked if not (data.exact and (wording.space, wording.text) in places)]
     return [
         await _looked(wording, kept, vectors, verifier, thresholds, unrelated, wording.means in meanings) for wording in asked
     ]

@@ -37,6 +37,8 @@ class DataSet(msgspec.Struct, frozen=True):
     seen: Seen = "no"
     weak: bool = False
     """Questions that mean the same by their label may still need different answers; those that do not, certainly do."""
+    exact: bool = True
+    """What is asked in the very words of a cached question is the exact level's, so that it is left out."""
     streamed: tuple[Wording, ...] = ()
     """What streams are drawn from. None: there are no streams."""
 
