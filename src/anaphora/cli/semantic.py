@@ -112,10 +112,10 @@ def _table(model: str, rungs: list[dict[str, Any]], risk: float) -> Table:
     from rich.table import Table
 
     table = Table(title=f"evidence of {model}", title_justify="left")
-    for name in ("score from", "compared", "wrong", f"at most wrong (risk {risk:.1%})", "given"):
+    for name in ("score from", "compared", "wrong", f"bound (risk {risk:.1%})", "given"):
         table.add_column(name, justify="left" if name == "given" else "right")
     for rung in rungs:
-        given = "yes" if rung["served"] else f"no: {rung['missing']:,} more right ones, none wrong"
+        given = "yes" if rung["served"] else f"after {rung['missing']:,} more, none wrong"
         numbers = (f"{rung['threshold']:g}", f"{rung['num_audits']:,}", f"{rung['num_wrong']:,}", f"{rung['bound']:.2%}")
         table.add_row(*numbers, given + (" (a burst of errors)" if rung["burst"] else ""))
     return table
