@@ -236,9 +236,11 @@ def _of(one: dict[str, Any]) -> Iterator[Any]:
         )
     yield table
     if filled["kinds"]:
-        table = Table("kind", "questions", "ours serves", "cosine, 3 % of traps", title=f"{one['data_set']}, by kind")
+        columns = ("kind", "questions", "ours, sure", "every candidate", "cosine, 3 % of traps")
+        table = Table(*columns, title=f"{one['data_set']}, by kind")
         for kind in filled["kinds"]:
-            table.add_row(kind["kind"], str(kind["num"]), f"{kind['ours']:.1%}", f"{kind['cosine']:.1%}")
+            shares = (f"{kind[name]:.1%}" for name in ("sure", "candidates", "cosine"))
+            table.add_row(kind["kind"], str(kind["num"]), *shares)
         yield table
     if one["streams"]:
         yield _streams(one, wrong)

@@ -88,12 +88,13 @@ def test_rows_count_what_is_served_right_and_wrong() -> None:
         one(score=0.85, cosine=0.3, right=False, answerable=False),
     )
     rows = {row.way: row for row in found.rows}
-    ours = rows["ours, as shipped"]
+    ours = rows["ours, sure"]
     assert (ours.num_served, ours.num_right, ours.num_wrong, ours.num_answerable) == (3, 2, 1, 3)
     assert (ours.num_traps, ours.num_traps_served) == (2, 1)
     assert ours.hit_rate == pytest.approx(2 / 3)
     assert ours.wrong_at_most == pytest.approx(0.864650, abs=1e-5)
     assert rows["ours, same content alone"].num_served == 1
+    assert rows["ours, every candidate"].num_served == 4
     swept = rows["cosine, at most 25% wrong here"]
     assert (swept.threshold, swept.num_right, swept.num_wrong) == (0.95, 3, 1)
     assert (rows["RedisVL's default"].num_served, rows["GPTCache's default"].num_served) == (4, 4)
@@ -106,7 +107,7 @@ def test_a_cosine_that_no_threshold_makes_good_serves_nothing() -> None:
     found = told(one(score=0.9, cosine=0.5, right=True), *[one(score=0.0, cosine=0.9, right=False, answerable=False)] * 9)
     rows = {row.way: row for row in found.rows}
     assert rows["cosine, at most 25% wrong here"].num_served == 0
-    assert rows["ours, as shipped"].of_cosine is None
+    assert rows["ours, sure"].of_cosine is None
 
 
 def test_a_threshold_from_the_other_half_is_not_chosen_by_its_own_questions() -> None:

@@ -76,8 +76,10 @@ class Kind(msgspec.Struct, frozen=True):
     kind: str
     num: int
     answerable: bool
-    ours: float
+    sure: float
+    candidates: float
     cosine: float
+    """Of the lowest threshold that no more traps pass than are allowed."""
 
 
 class Wrong(msgspec.Struct, frozen=True):
@@ -161,40 +163,43 @@ def judged(data: DataSet, looked: Sequence[Looked], *, budget: float, seed: int 
         served = [cosine >= threshold and cosine > NOTHING for cosine in cosines]
         return row(way, served, nearest_right, threshold if NOTHING < threshold < math.inf else None)
 
-    ours = row("ours, as shipped", [ours_serves(one) for one in looked], [one.found_right for one in looked])
-    own_error = ours.num_wrong / ours.num_served if ours.num_served else 0.0
-    best = by_cosine(f"cosine, at most {budget:.0%} wrong here", loosest(cosines, nearest_right, budget))
-    as_ours = by_cosine("cosine, no more wrong than ours", loosest(cosines, nearest_right, own_error))
-    ratio, low, high = _of_cosine(looked, budget, seed)
-    if ratio is not None:
-        ours = msgspec.structs.replace(ours, of_cosine=ratio, of_cosine_interval=(low, high))
+    def of_ours(way: str, served: Sequence[bool]) -> Row:
+        of_cosine, interval_of_it = _of_cosine(looked, served, budget, seed)
+        found = row(way, served, ours_right)
+        return msgspec.structs.replace(found, of_cosine=of_cosine, of_cosine_interval=interval_of_it)
+
+    ours_right = [one.found_right for one in looked]
+    sure = of_ours("ours, sure", [ours_serves(one) for one in looked])
+    own_error = sure.num_wrong / sure.num_served if sure.num_served else 0.0
     halves = _halves(len(looked), seed)
     rows = [
-        ours,
-        row("ours, same content alone", [one.score == 1 for one in looked], [one.found_right for one in looked]),
+        sure,
+        of_ours("ours, every candidate", [one.score > 0 for one in looked]),
+        row("ours, same content alone", [one.score == 1 for one in looked], ours_right),
         _chosen(
             f"ours, score from the other half, {budget:.0%}",
             looked,
             halves,
             [one.score for one in looked],
-            [one.found_right for one in looked],
+            ours_right,
             budget,
         ),
-        best,
-        as_ours,
+        by_cosine(f"cosine, at most {budget:.0%} wrong here", loosest(cosines, nearest_right, budget)),
+        by_cosine("cosine, no more wrong than ours, sure", loosest(cosines, nearest_right, own_error)),
         _chosen(f"cosine, from the other half, {budget:.0%}", looked, halves, cosines, nearest_right, budget),
         *(by_cosine(way, threshold) for way, threshold in DEFAULTS.items()),
     ]
     traps = sorted((one.cosine for one in looked if not one.answerable), reverse=True)
     few = _above(traps, ALLOWED_TRAPS)
     if traps:
-        rows.insert(5, by_cosine(f"cosine, at most {ALLOWED_TRAPS:.0%} of traps here", few))
+        rows.insert(6, by_cosine(f"cosine, at most {ALLOWED_TRAPS:.0%} of traps here", few))
     kinds = [
         Kind(
             kind,
             len(of),
             of[0].answerable,
             sum(map(ours_serves, of)) / len(of),
+            sum(one.score > 0 for one in of) / len(of),
             sum(one.cosine >= few and one.cosine > NOTHING for one in of) / len(of),
         )
         for kind in dict.fromkeys(one.asked.kind for one in looked)
@@ -214,9 +219,11 @@ def ours_serves(one: Looked) -> bool:
     return one.score > 0 and one.score >= one.threshold
 
 
-def _of_cosine(looked: Sequence[Looked], budget: float, seed: int) -> tuple[float | None, float, float | None]:
+def _of_cosine(
+    looked: Sequence[Looked], ours: Sequence[bool], budget: float, seed: int
+) -> tuple[float | None, tuple[float, float | None]]:
     """Right answers of ours in multiples of the best cosine's, with a 95 % interval."""
-    served = np.array([ours_serves(one) for one in looked], dtype=bool)
+    served = np.array(ours, dtype=bool)
     right = served & np.array([one.found_right for one in looked], dtype=bool)
     cosines = np.array([one.cosine for one in looked])
     nearest_right = np.array([one.nearest_right for one in looked], dtype=bool)
@@ -230,11 +237,11 @@ def _of_cosine(looked: Sequence[Looked], budget: float, seed: int) -> tuple[floa
 
     found = ratio(np.arange(len(looked)))
     if not math.isfinite(found):
-        return None, 0.0, None
+        return None, (0.0, None)
     dice = np.random.default_rng(seed)
     drawn = sorted(ratio(dice.integers(0, len(looked), len(looked))) for _ in range(ROUNDS))
     low, high = drawn[round(0.025 * ROUNDS)], drawn[round(0.975 * ROUNDS) - 1]
-    return found, low, (high if math.isfinite(high) else None)
+    return found, (low, high if math.isfinite(high) else None)
 
 
 def _row(
