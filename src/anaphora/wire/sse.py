@@ -59,12 +59,16 @@ class Splitter:
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that end in `chunk`. Raises BackendFailed for what is no event stream."""
         events = self.events = []
-        if self._is_whole(chunk):
-            self._first = False
-            for part in chunk[:-2].split(b"\n\n"):
-                events.append(_event(part))  # noqa: PERF401 - those before a wrong one count
-            return events
-        self._buffer += chunk
+        whole = 0  # how much of the chunk is events of the usual form, as it nearly always is
+        if not self._buffer and not self._lone_cr:
+            while (usual := _USUAL(chunk, whole)) is not None:
+                start, whole = whole, usual.end()
+                name, data = usual.groups()
+                events.append(Event(chunk[start:whole], "" if name is None else name.decode("ascii"), data))
+                self._first = False
+            if whole == len(chunk):
+                return events
+        self._buffer += chunk[whole:]
         taken = 0  # where the unfinished event begins
         while (found := _LINE_END.search(self._buffer, self._scan)) is not None:
             lone_cr = found.end() - found.start() == 1 and self._buffer[found.start()] == _CR
@@ -93,34 +97,12 @@ class Splitter:
             raise BackendFailed(f"The upstream's stream is malformed: one event has more than {MAX_EVENT_BYTES} bytes.")
         return events
 
-    def _is_whole(self, chunk: bytes) -> bool:
-        """Whether `chunk` is some events and nothing else, with line feeds alone: as it nearly always is."""
-        if self._buffer or self._lone_cr or not chunk.endswith(b"\n\n"):
-            return False
-        if self._first and chunk.startswith(_BYTE_ORDER_MARK[:1]):
-            return False
-        return b"\r" not in chunk and b"\n\n\n" not in chunk and not chunk.startswith(b"\n") and len(chunk) <= MAX_EVENT_BYTES
-
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _CR = ord("\r")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-_USUAL = re.compile(rb"(?:event: ([ -~]*)\n)?data: ([^\n]*)").fullmatch
+_USUAL = re.compile(rb"(?:event: ([ -~]*)\n)?data: ([^\r\n]*)\n\n").match
 """Nearly every event."""
-
-
-def _event(text: bytes) -> Event:
-    """Of the lines of one event, without the empty line behind them."""
-    raw = text + b"\n\n"
-    if (usual := _USUAL(text)) is not None:
-        name, data = usual.groups()
-        return Event(raw, "" if name is None else name.decode("ascii"), data)
-    fields = _Fields()
-    for one in text.split(b"\n"):
-        fields.add(one)
-    return fields.event(raw)
 
 
 class _Fields:

@@ -13,7 +13,7 @@ Reading an answer is forgiving: what deltas cannot say makes it unfaithful (`End
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -123,6 +123,8 @@ class EventReader(ABC):
         self._splitter = Splitter()
         self.faithful = True
         self.ended = False
+        self.hidden = False
+        """The event that is being read is not for the client."""
         self.deltas: list[Delta] = []
 
     def feed(self, chunk: bytes) -> list[Delta]:
@@ -135,8 +137,9 @@ class EventReader(ABC):
         for event in events:
             if self.ended:
                 break
-            said = [] if event.data is None else list(self.read(event, event.data))
-            if not self.hides(event):
+            self.hidden = False
+            said = () if event.data is None else self.read(event, event.data)
+            if not self.hidden:
                 deltas.append(Raw(self.dialect, event.raw))
             deltas += said
         if failure is not None and not self.ended:
@@ -144,21 +147,19 @@ class EventReader(ABC):
         return deltas
 
     @abstractmethod
-    def read(self, event: Event, data: bytes) -> Iterable[Said]: ...
-
-    def hides(self, event: Event) -> bool:
-        """Whether `event`, just read, is not for the client."""
-        return False
+    def read(self, event: Event, data: bytes) -> Sequence[Said]: ...
 
 
 def json_object(data: bytes) -> Json:
     """Raises BackendFailed for what is none."""
     try:
         return _decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BackendFailed(f"The upstream's answer is malformed: {error}") from error
 
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that it cannot read."""
 _decode = msgspec.json.Decoder(dict[str, object]).decode
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from anaphora.errors import BackendFailed
 from anaphora.types import (
@@ -110,12 +110,12 @@ class MessageReader(EventReader):
         self._arguments = False  # it had more since
         self._stop: Json = {}
 
-    def read(self, event: Event, data: bytes) -> Iterable[Said]:
+    def read(self, event: Event, data: bytes) -> Sequence[Said]:
         fields = json_object(data)
         kind = fields.get("type") or event.name
         if kind == "content_block_delta" and self._begun:  # nearly every event
             return self._block_delta(fields)
-        return self._rarer(kind, fields, data)
+        return list(self._rarer(kind, fields, data))
 
     def _rarer(self, kind: object, fields: Json, data: bytes) -> Iterator[Said]:
         if kind == "error":
@@ -171,7 +171,7 @@ class MessageReader(EventReader):
                 raise malformed("a tool call without a name")
             yield ToolUseDelta(0, self._answer.num_calls - 1, "", text_of(block.get("id")), name)
 
-    def _block_delta(self, fields: Json) -> Iterable[Said]:
+    def _block_delta(self, fields: Json) -> Sequence[Said]:
         delta = object_of(fields.get("delta"))
         if self._block and fields.get("index") != self._index:
             raise malformed(f"a delta of block {fields.get('index')} within block {self._index}")
@@ -191,7 +191,7 @@ class MessageReader(EventReader):
                 self._answer.faithful = False
         return ()
 
-    def _thinking(self, text: str, signature: str) -> Iterable[Said]:
+    def _thinking(self, text: str, signature: str) -> Sequence[Said]:
         if signature:
             self._answer.signed()
         return (ThinkingDelta(0, text, signature),) if text or signature else ()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
 
 from anaphora.errors import BackendFailed, UpstreamFailed
 from anaphora.types import Begin, Delta, End, Finish, FinishReason, Raw, Said, TextDelta, ThinkingDelta, Usage
 from anaphora.wire.fields import Json
 from anaphora.wire.sse import Event
 from anaphora.wire.upstream import (
+    UNREADABLE,
     Body,
     EventReader,
     before_answer,
@@ -60,6 +64,15 @@ class ChatChoice:
         yield from self._message(message, object_of(choice.get("logprobs")))
         if (reason := choice.get("finish_reason")) is not None:
             yield from self._finish(text_of(reason), choice)
+
+    def piece(self, thinking: str | None, text: str | None) -> list[Said]:
+        """`read` of a message with nothing else, and not the last one."""
+        said: list[Said] = []
+        if thinking:
+            said += self._order.text(ThinkingDelta(self._index, thinking))
+        if text:
+            said += self._order.text(TextDelta(self._index, text))
+        return said
 
     def _message(self, message: Json, logprobs: Json) -> Iterator[Said]:
         if says_more(message, _MESSAGE_FIELDS) or logprobs.get("refusal"):
@@ -125,6 +138,35 @@ class ChatChoice:
         yield Finish(self._index, reason, stop if reason == "stop_sequence" and isinstance(stop, str) else None)
 
 
+class _PieceDelta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    tool_calls: None = None
+
+
+class _PieceChoice(msgspec.Struct, frozen=True):
+    delta: _PieceDelta
+    index: int = 0
+    logprobs: None = None
+    finish_reason: None = None
+
+
+class _Piece(msgspec.Struct, frozen=True):
+    """A chunk with a piece of one choice's text and nothing more: nearly every one. Any other does not have this shape."""
+
+    choices: tuple[_PieceChoice]
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    usage: dict[str, Any] | None = None
+    error: None = None
+    moderation: None = None
+    x_groq: None = None
+
+
+_decode_piece = msgspec.json.Decoder(_Piece).decode
+
+
 class ChatReader(EventReader):
     dialect = "openai_chat"
 
@@ -132,16 +174,23 @@ class ChatReader(EventReader):
         super().__init__()
         self._model = text_of(body.get("model"))
         self._hide_usage = isinstance(body, Body) and body.hide_usage
-        self._hidden = False
         self._begun = False
         self._usage: object = None
         self._choices: dict[int, ChatChoice] = {}
 
-    def hides(self, event: Event) -> bool:
-        hidden, self._hidden = self._hidden, False
-        return hidden
+    def read(self, event: Event, data: bytes) -> list[Said]:
+        try:
+            piece = _decode_piece(data)
+        except UNREADABLE:
+            return list(self._read(data))
+        (choice,) = piece.choices
+        known = self._choices.get(choice.index)
+        if known is None or known.finished:
+            return list(self._read(data))
+        self._usage = piece.usage or self._usage
+        return known.piece(choice.delta.reasoning_content, choice.delta.content)
 
-    def read(self, event: Event, data: bytes) -> Iterator[Said]:
+    def _read(self, data: bytes) -> Iterator[Said]:
         if data.strip() == b"[DONE]":
             yield from self._end()
             return
@@ -152,7 +201,7 @@ class ChatReader(EventReader):
         usage = chunk.get("usage") or object_of(chunk.get("x_groq")).get("usage")
         if usage:
             self._usage = usage
-            self._hidden = self._hide_usage and not choices
+            self.hidden = self._hide_usage and not choices
         if chunk.get("moderation"):
             self.faithful = False
         if not self._begun and (choices or usage):

@@ -53,11 +53,11 @@ class ChoiceOrder:
     def num_calls(self) -> int:
         return len(self._calls)
 
-    def text(self, delta: TextDelta | ThinkingDelta) -> Iterator[Said]:
-        if self._queue:
-            self._held.append(delta)
-        else:
-            yield delta
+    def text(self, delta: TextDelta | ThinkingDelta) -> tuple[Said, ...]:
+        if not self._queue:
+            return (delta,)
+        self._held.append(delta)
+        return ()
 
     def call(self, key: Hashable, arguments: str = "", *, call_id: str = "", name: str = "") -> Iterator[Said]:
         """More of the call that the upstream knows by `key`."""

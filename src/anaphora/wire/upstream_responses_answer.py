@@ -173,7 +173,10 @@ class ResponseReader(EventReader):
         self._any_done = False  # an item's end was told
         self._summary: object = None  # place of the summary's part that is being written
 
-    def read(self, event: Event, data: bytes) -> Iterator[Said]:
+    def read(self, event: Event, data: bytes) -> list[Said]:
+        return list(self._read(event, data))
+
+    def _read(self, event: Event, data: bytes) -> Iterator[Said]:
         if data.strip() == b"[DONE]":
             return
         fields = json_object(data)
