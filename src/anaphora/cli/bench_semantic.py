@@ -260,6 +260,7 @@ def _streams(one: dict[str, Any], wrong: str) -> Any:
     table = Table("way", "hits", "served", wrong, "at most", "worst", "candidates", "audits", "first at", title=title)
     for row in one["streams"]["rows"]:
         first = [f"{at:,}" for at in row["first_served"] if at is not None]
+        first += [f"never ({num:,} short)" for num in row["missing"] if num is not None]
         table.add_row(
             row["way"],
             f"{row['hit_rate']:.1%}",

@@ -71,6 +71,8 @@ def test_where_more_is_wrong_than_the_budget_nothing_is_served() -> None:
     assert told.num_found_wrong > 0.1 * told.num_found
     assert told.num_served == 0
     assert told.first_served is None
+    assert told.missing is not None
+    assert told.missing > 0
 
 
 def test_the_same_seed_gives_the_same_stream_and_another_one_another() -> None:

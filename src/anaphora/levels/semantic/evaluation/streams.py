@@ -47,6 +47,8 @@ class Replayed(msgspec.Struct):
     """Questions asked until the first one that was given an answer, itself included."""
     labels_until: int | None = None
     """Of those, how many were compared."""
+    missing: int | None = None
+    """Where nothing was served: right ones more, none wrong, after which something would have been."""
 
 
 class Summed(msgspec.Struct, frozen=True):
@@ -71,6 +73,7 @@ class Summed(msgspec.Struct, frozen=True):
     """Of all that were asked."""
     first_served: list[int | None]
     labels_until: list[int | None]
+    missing: list[int | None]
 
 
 def drawn(wordings: Sequence[Wording], num: int, seed: int, *, exponent: float = ZIPF) -> Iterator[Wording]:
@@ -145,6 +148,8 @@ async def ours(
             if wrong:
                 keep(refuted, (found.entry.id, digest_of(prepared)), None)
         cache.compute(asked)
+    if told.first_served is None:
+        told.missing = min(rung.missing for rung in evidence.rungs(len(stream) * EVERY_S))
     return told
 
 
@@ -231,4 +236,5 @@ def summed(runs: Sequence[Replayed]) -> Summed:
         audits=sum(run.num_audits for run in runs) / asked if asked else 0.0,
         first_served=[run.first_served for run in runs],
         labels_until=[run.labels_until for run in runs],
+        missing=[run.missing for run in runs],
     )
