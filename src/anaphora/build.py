@@ -298,7 +298,7 @@ def _semantic(
     from anaphora.levels.semantic.verifier import shipped
 
     try:
-        kind = embeddings.kind(settings.encoder)
+        kind = embeddings.use(settings.encoder)
     except ConfigError as error:
         raise ConfigError(f"semantic.encoder: {error}") from error
     # Not its fingerprint: that is known only when it is loaded.
@@ -339,6 +339,7 @@ def _semantic(
         version=f"anaphora {__version__}; {encoder}; verifier {verifier.fingerprint}; judge {settings.judge}",
         clock=clock,
         ask=ask if settings.judge else None,
+        ready=lambda: embeddings.ready(settings.encoder),
         emit=emit,
     )
 

@@ -93,6 +93,7 @@ class Embeddings:
         self._level = level
         self._encoders = encoders
         self._kinds: dict[str, Any] = {kind: encoders.kind(kind) for kind in kinds}
+        self._used = set(self._kinds)
         self._names = {name: kind for kind, made in self._kinds.items() for name in (kind, made.name, *made.aliases)}
         self._catalogue = catalogue
         self._hosting = hosting
@@ -103,7 +104,7 @@ class Embeddings:
 
     def start(self) -> None:
         """Load the encoders, behind everything else."""
-        for kind in self._kinds:
+        for kind in self._used:
             self._encoders.get(kind).begin()
 
     def models(self) -> tuple[ModelInfo, ...]:
@@ -115,9 +116,15 @@ class Embeddings:
         kind = self._kinds.get(self._names.get(name, ""))
         return None if kind is None else ModelInfo(kind.name, max_input_tokens=kind.max_tokens)
 
-    def kind(self, name: str) -> Any:
-        """The class of encoders of that kind. Raises ConfigError."""
-        return self._encoders.kind(name)
+    def use(self, name: str) -> Any:
+        """Have that kind of encoder for ourselves, too: the class. Raises ConfigError."""
+        kind = self._encoders.kind(name)
+        self._used.add(name)
+        return kind
+
+    def ready(self, name: str) -> bool:
+        """Whether that kind of encoder is loaded."""
+        return self._encoders.get(name).ready
 
     def dimensions(self, name: str) -> int | None:
         """Of the model of our own that clients may call `name`. None: there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,8 @@ import anthropic
 import httpx2
 import openai
 import pytest
+
+from anaphora.cli import main
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
@@ -214,3 +217,49 @@ def test_without_the_setting_there_is_no_such_level(serve: Serve) -> None:
         response = httpx2.post(f"{url}/anaphora/feedback", json={"id": "x", "correct": True})
         assert response.status_code == 404
         assert "semantic.mode" in response.json()["error"]["message"]
+
+
+def _compared(url: str) -> bool:
+    """Whether the encoder is loaded."""
+    body = {"model": "echo", "messages": [{"role": "user", "content": f"Is it {monotonic()} yet?"}]}
+    return "failed" not in httpx2.post(f"{url}/v1/chat/completions", json=body).headers["cache-status"]
+
+
+def test_what_is_computed_anyway_becomes_the_evidence_by_which_answers_are_given(serve: Serve) -> None:
+    with serve('[semantic]\nmode = "on"\nrisk = 0.3\naudit_share = 0.01\n') as (url, _):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+            _until(lambda: _compared(url))
+            seen = []
+            for number in range(1, 40):
+                # The echo engine says what it was asked, so the answers are the same, but for case and marks.
+                text = f"{'How do I' if number % 2 else 'HOW DO I'} reset my password{'!' * number}"
+                raw = client.chat.completions.with_raw_response.create(
+                    model="echo", messages=[{"role": "user", "content": text}], temperature=0
+                )
+                seen.append(raw.headers["cache-status"].partition("detail=")[2])
+                if seen[-1] == "semantic":
+                    break
+        assert seen[:2] == ["", "shadow"]
+        assert seen[-1] == "semantic"
+        metrics = httpx2.get(f"{url}/metrics").text
+        assert 'anaphora:semantic_judged_total{source="shadow",wrong="false"}' in metrics
+        assert 'anaphora:semantic_compared_total{outcome="hit",step="risk"}' in metrics
+
+
+def test_the_command_line_tells_and_teaches(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"question": "How do I pay?", "other": "how do i pay", "same": true}\n\n' * 3)
+    with serve('[semantic]\nmode = "shadow"\n') as (url, _):
+        assert main(["semantic", "teach", str(file), "--model", "echo", "--url", url]) == 0
+        assert capsys.readouterr().out.startswith("3 of 3 pairs count")
+        assert main(["semantic", "report", "--url", url]) == 0
+        told = capsys.readouterr().out
+        assert "mode shadow: at most 1.0% wrong, with 95% confidence" in told
+        assert "evidence of echo" in told
+        assert main(["semantic", "report", "--json", "--url", url]) == 0
+        assert json.loads(capsys.readouterr().out)["evidence"]["echo"][0]["num_audits"] == 3
+        assert main(["semantic", "feedback", "req_" + "0" * 24, "--wrong", "--url", url]) == 1
+        assert "No answer in other words" in capsys.readouterr().err
+        file.write_text("{}\n")
+        assert main(["semantic", "teach", str(file), "--model", "echo", "--url", url]) == 2
+        assert "line 1" in capsys.readouterr().err

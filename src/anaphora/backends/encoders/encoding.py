@@ -75,6 +75,11 @@ class Encoding:
             self._thread = threading.Thread(target=self._run, name="anaphora-encoder", daemon=True)
             self._thread.start()
 
+    @property
+    def ready(self) -> bool:
+        """Whether it is loaded."""
+        return self._made.done()
+
     async def encoder(self) -> Encoder:
         """The encoder itself, once it is loaded: for what it is, not to be called. Raises BackendFailed."""
         self.begin()

@@ -55,9 +55,13 @@ Mode = Literal["off", "shadow", "on"]
 Answers = Callable[[Question], Awaitable[Hit[Completion] | Miss]]
 """What the exact level has for a question."""
 
-EMBED_S = 2.0
+EMBED_S = 0.5
 """How long to wait for a question's vector, or for the judge's word (`JUDGE_S`): then it is a miss."""
 JUDGE_S = 20.0
+LEARN_S = 60.0
+"""The same behind the answer, where nobody waits."""
+CLOSE_S = 2.0
+"""And where the server is stopping."""
 EXCERPT = 80
 """Characters of the nearest question that are told."""
 
@@ -102,7 +106,8 @@ class _Looked(msgspec.Struct):
 class SemanticLevel:
     """`answers` is the exact level's lookup; `entries` is owned, and started by `start`. `ask` asks the judge, if there is one.
 
-    `version` names all that scores depend on: evidence of another one is none. For one event loop.
+    `version` names all that scores depend on: evidence of another one is none. Until the encoder is `ready` nothing is found.
+    For one event loop.
     """
 
     name = "semantic"
@@ -118,6 +123,7 @@ class SemanticLevel:
         version: str,
         clock: Clock,
         ask: judging.Ask | None = None,
+        ready: Callable[[], bool] = lambda: True,
         emit: Emit = ignore,
         rng: random.Random | None = None,
     ) -> None:
@@ -127,6 +133,7 @@ class SemanticLevel:
         self._entries = entries
         self._verifier = verifier
         self._ask = ask
+        self._ready = ready
         self._clock = clock
         self._emit = emit
         self._rng = rng or random.Random()
@@ -162,6 +169,8 @@ class SemanticLevel:
         if looked is None:
             return Miss(self.name, MissReason.NOT_COMPARABLE)
         keep(self._looked, question.key, looked)
+        if not self._ready():
+            return Miss(self.name, MissReason.FAILED)
         await self._notice(looked)
         found = await self._compared(looked)
         if not found.candidate or found.entry is None or found.score is None:
@@ -204,10 +213,10 @@ class SemanticLevel:
             unrelated=self.options.unrelated,
         )
 
-    async def _vector(self, looked: _Looked) -> Vector:
+    async def _vector(self, looked: _Looked, within_s: float = EMBED_S) -> Vector:
         if looked.vector is None:
             request = looked.question.request
-            async with asyncio.timeout(EMBED_S):
+            async with asyncio.timeout(within_s):
                 looked.vector = (await self._embed(request.tenant, request.model, (looked.place.text,)))[0]
         return looked.vector
 
@@ -329,7 +338,7 @@ class SemanticLevel:
             digest=digest_of(prepare(place.text)),
             key=looked.question.key,
             text=place.text,
-            vector=await self._vector(looked),
+            vector=await self._vector(looked, LEARN_S),
             tenant=request.tenant,
             model=request.model,
             tags=tags,
@@ -381,7 +390,7 @@ class SemanticLevel:
 
     async def aclose(self) -> None:
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=EMBED_S)
+            await asyncio.wait(self._tasks, timeout=CLOSE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
