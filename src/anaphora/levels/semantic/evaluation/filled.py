@@ -191,7 +191,7 @@ def judged(data: DataSet, looked: Sequence[Looked], *, budget: float, seed: int 
     ]
     traps = sorted((one.cosine for one in looked if not one.answerable), reverse=True)
     few = _above(traps, ALLOWED_TRAPS)
-    if traps:
+    if traps and traps[0] > NOTHING:
         rows.insert(6, by_cosine(f"cosine, at most {ALLOWED_TRAPS:.0%} of traps here", few))
     kinds = [
         Kind(
@@ -233,7 +233,7 @@ def _of_cosine(
         allowed = max(budget, 1 - num_right / num_served if num_served else 0.0)
         threshold = loosest(cosines[places], nearest_right[places], allowed)
         against = int((nearest_right[places] & (cosines[places] >= threshold)).sum())
-        return num_right / against if against else math.inf if num_right else 0.0
+        return num_right / against if against else math.inf
 
     found = ratio(np.arange(len(looked)))
     if not math.isfinite(found):
