@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import sys
@@ -129,6 +128,8 @@ def _data_sets(named: list[str] | None) -> Iterator[DataSet]:
 
 
 def _evaluated(data: DataSet, settings: Settings, folder: Path, step: Callable[[str], None], *, quick: bool) -> Evaluated:
+    import asyncio
+
     from anaphora.build import UNRELATED
     from anaphora.levels.semantic.evaluation.encoded import encoded
     from anaphora.levels.semantic.evaluation.evaluate import evaluate
