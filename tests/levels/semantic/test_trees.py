@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anaphora.levels.semantic.trees import FIELDS, Trees, table_of
+from anaphora.levels.semantic.trees import FIELDS, MOST_LEAVES, Trees, table_of
 
 lightgbm = pytest.importorskip("lightgbm")
 ROOT = Path(__file__).parents[3]
@@ -24,6 +24,15 @@ def test_a_row_scores_what_the_training_library_predicts() -> None:
 
     expected = model.predict(rows, raw_score=True)
     assert [trees.score(row.tolist()) for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_tree_with_more_leaves_than_there_are_bits_is_refused() -> None:
+    tree: dict[str, object] = {"leaf_value": 1.0}
+    for number in range(MOST_LEAVES):
+        tree = {"split_feature": 0, "threshold": float(number), "left_child": {"leaf_value": 0.0}, "right_child": tree}
+
+    with pytest.raises(ValueError, match="65 leaves"):
+        Trees(table_of([{"tree_structure": tree}], scale=1.0))
 
 
 def test_training_on_a_small_sample_writes_both_models(

@@ -1,6 +1,9 @@
 """The verifier that is shipped: what it says, that it says the same again, and what it says of nonsense."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,33 @@ def test_the_same_question_slightly_changed_is_served(a: str, b: str) -> None:
 )
 def test_in_other_languages_only_the_same_words_are_served(a: str, b: str, served: bool) -> None:
     assert (verifier.probability(prepare(a), prepare(b), 0.95) >= verifier.plain_threshold) is served
+
+
+SAY = """
+from anaphora.levels.semantic.texts import prepare
+from anaphora.levels.semantic.verifier import shipped
+one = "I tried to make a transfer and it didn't work."
+other = (
+    "I'm trying to make a bank transfer but It's not going through. Could there not be enough funds to transfer "
+    "or something? Have I done it too many times?"
+)
+print(shipped().probability(prepare(one), prepare(other), 0.8))
+"""
+
+
+def test_a_probability_is_the_same_in_every_process() -> None:
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", SAY],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(5)
+    }
+
+    assert len(said) == 1
 
 
 questions = st.one_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 
 import msgspec
@@ -41,7 +41,8 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
-    found = list(_marked(tokens, words))
+    known = frozenset(part for token in tokens for part in (token.low, token.stem))
+    found = list(_marked(tokens, known, words))
     marks: dict[str, tuple[str, ...]] = {}
     turning = []
     for places, key, own in found:
@@ -66,9 +67,9 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
         words=frozenset(part for token in tokens if token.content and token.kind == "word" for part in (token.low, token.stem)),
         numbers=numbers_of(tokens, words),
         names=_names(tokens, words, found),
-        known=frozenset(part for token in tokens for part in (token.low, token.stem)),
+        known=known,
         codes=tuple(sorted(token.text for token in tokens if token.kind == "code")),
-        owners=frozenset(token.stem for token in tokens if token.text[:1].isupper() and token.text.endswith("'s")),
+        owners=frozenset(token.stem for token in tokens if token.text.endswith("'s") and token.text[:1].isupper()),
         roles=roles,
         governed=governed,
         order=order,
@@ -85,7 +86,7 @@ def _asked(tokens: Sequence[Token], place: int, words: Lexicon) -> bool:
 _Found = tuple[Sequence[int], str, tuple[Mark, ...]]
 
 
-def _marked(tokens: Sequence[Token], words: Lexicon) -> Iterator[_Found]:
+def _marked(tokens: Sequence[Token], known: Set[str], words: Lexicon) -> Iterator[_Found]:
     """Places, key and marks of each marked word; the words of a phrase have none of their own."""
     taken: set[int] = set()
     for place, token in enumerate(tokens):
@@ -93,7 +94,8 @@ def _marked(tokens: Sequence[Token], words: Lexicon) -> Iterator[_Found]:
             continue
         phrases = words.phrases.get(token.stem, ()) if token.content else words.phrases.get(token.low, ())
         for phrase in phrases:
-            if places := _phrase_at(tokens, place, phrase):
+            # Most end in a word that is not there.
+            if (phrase.words[-1] in known or phrase.stems[-1] in known) and (places := _phrase_at(tokens, place, phrase)):
                 taken.update(places)
                 same = [other.marks for other in phrases if other.words == phrase.words and other.apart == phrase.apart]
                 yield places, " ".join(phrase.words), tuple(mark for marks in same for mark in marks)
@@ -138,22 +140,29 @@ _NAMED = ("name", "date", "language", "unit", "format")
 
 
 def _names(tokens: Sequence[Token], words: Lexicon, found: Sequence[_Found]) -> frozenset[str]:
+    capitals = [
+        (place, token, mixed)
+        for place, token in enumerate(tokens)
+        if token.kind == "word"
+        and not (token.text == token.low and token.text.isalpha())
+        and ((mixed := any(map(str.isdigit, token.low))) or _is_capital(token, words))
+    ]
+    if not capitals or not any(token.text[-1:].islower() for token in tokens):
+        return frozenset()  # none, or all of it is in capitals
     named = {place for places, _, marks in found if any(group in _NAMED for group, _ in marks) for place in places}
     inner = [token for token in tokens if token.kind == "word" and token.content and not token.opens]
-    shouted = not any(token.text[-1:].islower() for token in tokens)
     titled = len(inner) > 4 and sum(token.text[:1].isupper() for token in inner) > 0.7 * len(inner)
-    names = set()
-    for place, token in enumerate(tokens):
-        if token.text == token.low and token.text.isalpha():
-            continue
-        if token.kind != "word" or place in named or token.low in FOLDED or shouted:
-            continue
-        mixed = any(map(str.isdigit, token.low))
-        short = len(token.text) > 1 and token.text.isupper() and not titled and (token.content or token.low in words.doubtful)
-        capital = token.text[:1].isupper() and not token.opens and not titled and token.content
-        if mixed or short or capital:
-            names.add(token.stem)
-    return frozenset(names)
+    return frozenset(
+        token.stem
+        for place, token, mixed in capitals
+        if (mixed or not titled) and place not in named and token.low not in FOLDED
+    )
+
+
+def _is_capital(token: Token, words: Lexicon) -> bool:
+    if token.text.isupper() and len(token.text) > 1 and (token.content or token.low in words.doubtful):
+        return True
+    return token.content and not token.opens and token.text[:1].isupper()
 
 
 _SAME_ROLE = {"со": "с", "во": "в", "ко": "к", "обо": "о", "об": "о", "изо": "из", "del": "de", "al": "a", "vs": "versus"}

@@ -3,18 +3,16 @@ with each other. Symmetric: each pair of one-sided values is given as the smalle
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from anaphora.levels.semantic.matching import Match, is_prefixed, is_typo, relation_of, same_words
+from anaphora.levels.semantic.matching import RELATIONS, Match, is_typo, likeness, same_words
 from anaphora.levels.semantic.reading import COUNTER_PARTICLES, Reading, words_of
-from anaphora.levels.semantic.words import Relation
 
 Row = list[float]
-
-NONE: Final = Relation(False, False, False, False, False, False, False)
 
 
 def features(a: Reading, b: Reading, similarity: float) -> Row:
@@ -51,9 +49,10 @@ def _both(one: float, other: float) -> tuple[float, float]:
     return (float(one), float(other)) if one <= other else (float(other), float(one))
 
 
-def _share(one: frozenset[object], other: frozenset[object]) -> float:
-    union = len(one | other)
-    return len(one & other) / union if union else 1.0
+def _share(one: Set[object], other: Set[object]) -> float:
+    both = len(one & other)
+    union = len(one) + len(other) - both
+    return both / union if union else 1.0
 
 
 def _surface(a: Reading, b: Reading) -> Row:
@@ -63,7 +62,7 @@ def _surface(a: Reading, b: Reading) -> Row:
         min(a.size, b.size) / max(1, a.size, b.size),
         _share(a.trigrams, b.trigrams),
         _share(a.bigrams, b.bigrams),
-        _share(frozenset(a.written), frozenset(b.written)),
+        _share(a.counts.keys(), b.counts.keys()),
     ]
 
 
@@ -90,7 +89,13 @@ def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
     closest_conflict = 0.0
     for i in match.left:
         for j in match.right:
-            credit, conflict = _compare(a, i, b, j, cells[i][j], counts)
+            held, credit, conflict = likeness(a.low[i], b.low[j])
+            if not held:
+                continue  # no more alike than their vectors, which is counted already
+            for name in held:
+                counts[name] += 1
+            if credit is None:
+                credit = cells[i][j]
             if credit > left_credit[i][0] or conflict:
                 left_credit[i] = (max(credit, left_credit[i][0]), left_credit[i][1] | conflict)
             if credit > right_credit[j][0] or conflict:
@@ -118,39 +123,6 @@ def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
     for one, other in zip(mine, theirs, strict=True):
         row += _both(one, other)
     return row
-
-
-RELATIONS: Final = ("synonym", "interchangeable", "derived", "broader", "sibling", "opposite", "exclusive", "prefixed", "typo")
-
-
-def _compare(a: Reading, i: int, b: Reading, j: int, alike: float, counts: dict[str, int]) -> tuple[float, int]:
-    """How far one word may stand for the other, and whether it excludes it."""
-    one, other = a.low[i], b.low[j]
-    known = a.lemmas[i] >= 0 and b.lemmas[j] >= 0
-    relation = relation_of(a.lemmas[i], b.lemmas[j]) if known else NONE
-    prefixed = is_prefixed(one, other)
-    typo = (
-        not prefixed
-        and not (relation.opposite or relation.exclusive)
-        and (a.unknown[i] or b.unknown[j])
-        and is_typo(one, other)
-    )
-    for name, holds in zip(RELATIONS, (*relation, prefixed, typo), strict=True):
-        if holds:
-            counts[name] += 1
-    if relation.opposite or prefixed:
-        return alike, 2
-    if relation.interchangeable:
-        return 1.0, 0
-    if typo:
-        return 0.95, 0
-    if relation.synonym or relation.derived:
-        return 0.9, 0
-    if relation.exclusive:
-        return alike, 1
-    if relation.sibling:
-        return alike, 4
-    return alike, 0
 
 
 def _side(reading: Reading, places: list[int], credit: dict[int, tuple[float, int]]) -> Row:

@@ -86,6 +86,8 @@ def _exchanged(one: tuple[Number, ...], other: tuple[Number, ...]) -> bool:
 
 
 def _unit(a: Prepared, b: Prepared) -> bool:
+    if not (a.facts.numbers and b.facts.numbers) and not ("unit" in a.facts.marks and "unit" in b.facts.marks):
+        return False
     if _converted(a.facts, b.facts):
         return False
     pairs = ((number, other) for number in a.facts.numbers for other in b.facts.numbers if number.value == other.value)
@@ -103,7 +105,7 @@ def _converted(a: Facts, b: Facts) -> bool:
 
 
 def _date(a: Prepared, b: Prepared) -> bool:
-    one, other = (set(text.facts.marks.get("date", ())) for text in (a, b))
+    one, other = set(a.facts.marks.get("date", ())), set(b.facts.marks.get("date", ()))
     differ = one ^ other
     if not (one and other):
         differ -= _NOW | _HOURS
@@ -137,6 +139,8 @@ def _mentions(text: Prepared, name: str) -> bool:
 
 
 def _negation(a: Prepared, b: Prepared) -> bool:
+    if "negation" not in a.facts.marks and "negation" not in b.facts.marks:
+        return False
     if not _negated(a) ^ _negated(b):
         return _count("negation", "except", a.facts) != _count("negation", "except", b.facts)
     if len(_turned(a, b)) == 1:
@@ -170,8 +174,8 @@ def _degree(text: Prepared) -> tuple[int, int]:
 def _turned(a: Prepared, b: Prepared) -> frozenset[str]:
     """The pairs of opposites of which each text has another side."""
     turned = {_MORE} if _clash("degree", a.facts, b.facts) else set[str]()
-    one, other = Counter(a.facts.turning), Counter(b.facts.turning)
-    if one != other:
+    if a.facts.turning != b.facts.turning:
+        one, other = Counter(a.facts.turning), Counter(b.facts.turning)
         ours = {pair for _, pairs in one - other for pair in pairs}
         theirs = {pair for _, pairs in other - one for pair in pairs}
         for pair in ours - theirs:
@@ -187,8 +191,9 @@ def _turned(a: Prepared, b: Prepared) -> frozenset[str]:
 def _derived(a: Prepared, b: Prepared) -> bool:
     """Lock and unlock, import and export, useful and useless."""
     prefixes = lexicon(a.language or "en").prefixes
-    for word in a.facts.words - b.facts.words:
-        for against in b.facts.words - a.facts.words:
+    ours, theirs = a.facts.words - b.facts.words, b.facts.words - a.facts.words
+    for word in ours:
+        for against in theirs:
             if word[-1] == against[-1]:
                 same = 0
                 while same < min(len(word), len(against)) and word[-1 - same] == against[-1 - same]:
@@ -209,10 +214,9 @@ def _derived(a: Prepared, b: Prepared) -> bool:
 def _order(a: Prepared, b: Prepared) -> bool:
     if "joining" in a.facts.marks and "joining" in b.facts.marks:
         return False
-    same_words = set(a.content) ^ set(b.content) <= lexicon(a.language or "en").filler
     return (
         crossed(a.facts, b.facts)
-        or (same_words and turned_round(a.facts, b.facts))
+        or (set(a.content) ^ set(b.content) <= lexicon(a.language or "en").filler and turned_round(a.facts, b.facts))
         or another_agent(a.facts, b.facts)
         or another_agent(b.facts, a.facts)
     )
@@ -275,11 +279,11 @@ def _scope(a: Prepared, b: Prepared) -> bool:
 
 def _added(a: Prepared, b: Prepared) -> bool:
     """`b` says all that `a` does, and narrows it: a refund, a refund after the trial."""
+    if not b.facts.governed or not set(a.content) <= set(b.content):
+        return False
     added = set(b.content) - set(a.content) - lexicon(a.language or "en").filler
-    return (
-        not added.isdisjoint(b.facts.governed)
-        and set(a.content) <= set(b.content)
-        and all(b.facts.roles.get(word) in lexicon(b.language or "en").conditions for word in added)
+    return not added.isdisjoint(b.facts.governed) and all(
+        b.facts.roles.get(word) in lexicon(b.language or "en").conditions for word in added
     )
 
 
@@ -287,12 +291,13 @@ def _added(a: Prepared, b: Prepared) -> bool:
 
 
 def _unequal(group: str, a: Facts, b: Facts) -> bool:
-    return set(a.marks.get(group, ())) != set(b.marks.get(group, ()))
+    one, other = a.marks.get(group, ()), b.marks.get(group, ())
+    return one != other and set(one) != set(other)
 
 
 def _clash(group: str, a: Facts, b: Facts, kind: Callable[[str], str] = lambda value: "") -> bool:
     """Each has one that the other has not, of one kind."""
-    if group not in a.marks or group not in b.marks:
+    if group not in a.marks or group not in b.marks or a.marks[group] == b.marks[group]:
         return False
     one, other = set(a.marks[group]), set(b.marks[group])
     return not {kind(value) for value in one - other}.isdisjoint(kind(value) for value in other - one)

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from anaphora.levels.semantic.reading import Reading
-from anaphora.levels.semantic.words import Relation, words
+from anaphora.levels.semantic.words import UNKNOWN, Relation, words
 
 PREFIXES: Final = ("un", "in", "im", "dis", "non", "de", "ir", "il", "mis", "over", "under", "pre", "post", "re", "anti")
 
@@ -50,10 +50,42 @@ def _without_joined(a: Reading, left: list[int], b: Reading, right: list[int]) -
     return left, right
 
 
+class Likeness(NamedTuple):
+    """What two different words have to do with each other."""
+
+    held: tuple[str, ...]
+    """Of `RELATIONS`, those that hold."""
+    credit: float | None
+    """How far one may stand for the other. None: as far as their vectors are alike."""
+    conflict: int
+    """Whether they exclude each other: 1 where they are alternatives, 2 opposites, 4 things of one kind."""
+
+
+RELATIONS: Final = (*Relation._fields, "prefixed", "typo")
+
+
 @lru_cache(maxsize=65536)
-def relation_of(one: int, other: int) -> Relation:
-    """What two lemmas have to do with each other."""
-    return words().relation(one, other)
+def likeness(one: str, other: str) -> Likeness:
+    lexicon = words()
+    mine, theirs = lexicon.lemma(lexicon.find(one)), lexicon.lemma(lexicon.find(other))
+    relation = lexicon.relation(mine, theirs) if UNKNOWN not in (mine, theirs) else NONE
+    prefixed = is_prefixed(one, other)
+    typo = not (prefixed or relation.opposite or relation.exclusive) and UNKNOWN in (mine, theirs) and is_typo(one, other)
+    held = tuple(name for name, holds in zip(RELATIONS, (*relation, prefixed, typo), strict=True) if holds)
+    if relation.opposite or prefixed:
+        return Likeness(held, None, 2)
+    if relation.interchangeable:
+        return Likeness(held, 1.0, 0)
+    if typo:
+        return Likeness(held, 0.95, 0)
+    if relation.synonym or relation.derived:
+        return Likeness(held, 0.9, 0)
+    if relation.exclusive:
+        return Likeness(held, None, 1)
+    return Likeness(held, None, 4 if relation.sibling else 0)
+
+
+NONE: Final = Relation(False, False, False, False, False, False, False)
 
 
 def is_typo(one: str, other: str) -> bool:
@@ -79,7 +111,6 @@ def _distance(one: str, other: str) -> int:
     return row[-1]
 
 
-@lru_cache(maxsize=16384)
 def is_prefixed(one: str, other: str) -> bool:
     """`suitable` and `unsuitable`; `include` and `exclude`."""
     short, long = (one, other) if len(one) < len(other) else (other, one)

@@ -39,6 +39,9 @@ def numbers_of(tokens: Sequence[Token], words: Lexicon) -> tuple[Number, ...]:
     place = 0
     while place < len(tokens):
         token = tokens[place]
+        if token.kind == "word" and not token.marks and "-" not in token.low:
+            place += 1
+            continue
         if token.kind == "number":
             values, unit = _digits(token.text, words)
             after = place + 1

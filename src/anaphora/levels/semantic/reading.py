@@ -9,7 +9,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from anaphora.levels.semantic.texts import Prepared, Token, prepare
+from anaphora.levels.semantic.texts import Prepared, prepare
+from anaphora.levels.semantic.tokens import Token
 from anaphora.levels.semantic.words import UNKNOWN, words
 
 
@@ -124,7 +125,7 @@ class Reading:
         self.objects = _objects(tokens)
         self.bigrams = frozenset(zip(self.written, self.written[1:], strict=False))
         joined = " ".join(self.written)
-        self.trigrams = frozenset(joined[start : start + 3] for start in range(len(joined) - 2))
+        self.trigrams = frozenset(map("".join, zip(joined, joined[1:], joined[2:], strict=False)))
         self.size = len(prepared.text)
 
 
@@ -159,7 +160,7 @@ def _numbers(tokens: tuple[Token, ...]) -> list[str]:
             found.append(digits.removesuffix("st").removesuffix("nd").removesuffix("rd").removesuffix("th"))
         elif (value := NUMERALS.get(token.low)) is not None:
             found.append(value)
-        elif token.kind == "word" and any(letter.isdigit() for letter in token.low):
+        elif token.kind == "word" and not token.low.isalpha() and any(map(str.isdigit, token.low)):
             found.append(token.low)
     return found
 
@@ -198,7 +199,7 @@ _SIGNS: Final = (
 )
 
 
-def _objects(tokens: tuple[Token, ...]) -> frozenset[tuple[str, str]]:
+def _objects(tokens: tuple[Token, ...]) -> tuple[tuple[str, str], ...]:
     """(`from`, `york`) where that is what follows."""
     found = []
     waiting = ""
@@ -208,4 +209,4 @@ def _objects(tokens: tuple[Token, ...]) -> frozenset[tuple[str, str]]:
         elif token.content and waiting:
             found.append((waiting, token.stem))
             waiting = ""
-    return frozenset(found)
+    return tuple(dict.fromkeys(found))

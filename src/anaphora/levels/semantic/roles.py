@@ -7,12 +7,8 @@ from anaphora.levels.semantic.facts import Facts
 
 def crossed(a: Facts, b: Facts) -> bool:
     """From X to Y, from Y to X; X than Y, Y than X."""
-    moved = {
-        (_role(a.roles[word]), _role(b.roles[word]))
-        for word in a.roles.keys() & b.roles.keys()
-        if _role(a.roles[word]) != _role(b.roles[word])
-    }
-    raw = {(a.roles[word], b.roles[word]) for word in a.roles.keys() & b.roles.keys() if a.roles[word] != b.roles[word]}
+    raw = {(role, b.roles[word]) for word, role in a.roles.items() if word in b.roles and role != b.roles[word]}
+    moved = {(_role(here), _role(there)) for here, there in raw if _role(here) != _role(there)}
     return any((there, here) in pairs for pairs in (moved, raw) for here, there in pairs)
 
 

@@ -91,7 +91,8 @@ def _plain(text: str) -> str:
 _INDENTED = re.compile(r"```|\n(?: {2,}|\t)\S")
 _SPACE = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r" ?\n\s*")
-_BEFORE_MARK = re.compile(r" +(?=[,;:?!](?:\s|$))|(?<=[\w\"'?!)]) +(?=\.(?:\s|$))")
+_BEFORE_MARK = re.compile(r" (?:(?=[,;:?!](?:\s|$))|(?<=[\w\"'?!)] )(?=\.(?:\s|$)))")
+"""Where spaces are single."""
 _REPEATED = re.compile(r"([?!])(?:\s*[?!])+")
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
@@ -102,7 +103,8 @@ def normal_form(text: str) -> str:
     if len(text) > 10 * LONGEST or _INDENTED.search(text):
         # A document, or code, of which spaces are part.
         return unicodedata.normalize("NFC", text).strip()
-    plain = _LINES.sub("\n", _SPACE.sub(" ", _plain(text))).strip()
+    plain = _plain(text)
+    plain = _LINES.sub("\n", _SPACE.sub(" ", plain)).strip() if "\n" in plain else " ".join(plain.split())
     plain = _REPEATED.sub(r"\1", _BEFORE_MARK.sub("", plain))
     if "`" in plain:
         return plain
@@ -120,19 +122,25 @@ def _without_end(text: str) -> str:
 
 
 def _asks(text: str) -> bool:
-    if any(mark in text[:-1] for mark in ".?!;\n"):
+    if _STOP.search(text, 0, len(text) - 1):
         return False
     first = _WORD.match(text)
-    return first is not None and any(first.group().lower() in lexicon(language).asking for language in LANGUAGES)
+    return first is not None and first.group().lower() in _ASKING
+
+
+_STOP = re.compile(r"[.?!;\n]")
+_ASKING = frozenset().union(*(lexicon(language).asking for language in LANGUAGES))
 
 
 def _folded(text: str) -> str:
-    shouted = len(_WORD.findall(text)) > 2 and text.isupper()
+    shouted = text.isupper() and len(_WORD.findall(text)) > 2
     pieces, end = [], 0
     for word in _WORD.finditer(text):
         written = word.group()
-        low, beside = written.lower(), text[word.end() : word.end() + 1]
-        if written != low and _may_fold(written, low, first=word.start() == 0, shouted=shouted, beside=beside):
+        low = written.lower()
+        if written == low:
+            continue
+        if _may_fold(written, low, first=word.start() == 0, shouted=shouted, beside=text[word.end() : word.end() + 1]):
             pieces += [text[end : word.start()], low]
             end = word.end()
     return "".join([*pieces, text[end:]])
@@ -169,12 +177,12 @@ def language_of(text: str) -> Language | Literal[""]:
     low = unicodedata.normalize("NFC", text).lower()
     if _STRANGE.search(low):
         return ""
-    words = _LETTERS.findall(low)
     if _CYRILLIC.search(low):
         return "ru"
-    english = sum(word in _ENGLISH for word in words)
-    spanish = sum(word in _SPANISH for word in words) + len(_SPANISH_MARKS.findall(low))
-    foreign = sum(word in FOREIGN for word in words)
+    words = _LETTERS.findall(low)
+    english = sum(map(_ENGLISH.__contains__, words))
+    spanish = sum(map(_SPANISH.__contains__, words)) + len(_SPANISH_MARKS.findall(low))
+    foreign = sum(map(FOREIGN.__contains__, words))
     # Many small words of French or Portuguese are Spanish as well.
     if max(1, english, spanish) <= 2 * foreign or (max(english, spanish) == 0 and _NOT_ENGLISH_OR_SPANISH.search(low)):
         return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from itertools import zip_longest
 from typing import Literal
 
 import msgspec
@@ -56,28 +55,31 @@ _TOKEN = re.compile(
 
 def tokenised(text: str, words: Lexicon) -> tuple[Token, ...]:
     found = list(_TOKEN.finditer(text))
+    ends = [*(match.start() for match in found[1:]), len(text)]
     tokens: list[Token] = []
     opens = True
-    for match, following in zip_longest(found, found[1:]):
-        between = text[match.end() : following.start() if following else len(text)]
-        after = "".join(between.split())
+    for match, until in zip(found, ends, strict=False):
+        between = text[match.end() : until]
+        after = "" if between == " " else "".join(between.split())
         written, kind = match.group(), match.lastgroup or "word"
         if kind == "short" or (kind == "code" and written.lower() in FOLDED):
             kind, written = "word", written.replace(".", "")
         if kind in ("word", "plain"):
-            tokens += _word(written, opens, after, words)
+            tokens += _word(written, opens, after, words.language)
         elif kind == "number":
             tokens.append(Token(written, written.lower(), written.lower(), "number", True, opens, (), after))
         else:
             tokens.append(Token(written, written, written, "code", True, opens, words.marks(written.lower()), after))
-        opens = "\n" in between or any(mark in ".?!:" for mark in after)
+        opens = between != " " and ("\n" in between or any(mark in ".?!:" for mark in after))
     return tuple(tokens)
 
 
-def _word(written: str, opens: bool, after: str, words: Lexicon) -> list[Token]:
-    parts = _parts_of(written.lower(), words.language)
+@lru_cache(maxsize=16384)
+def _word(written: str, opens: bool, after: str, language: Language) -> tuple[Token, ...]:
+    """Shared by all texts it stands in."""
+    parts = _parts_of(written.lower(), language)
     last = len(parts) - 1
-    return [
+    return tuple(
         Token(
             written if place == 0 else part,
             part,
@@ -89,10 +91,9 @@ def _word(written: str, opens: bool, after: str, words: Lexicon) -> list[Token]:
             after if place == last else "",
         )
         for place, (part, stem, content, marks) in enumerate(parts)
-    ]
+    )
 
 
-@lru_cache(maxsize=16384)
 def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool, tuple[Mark, ...]], ...]:
     words = lexicon(language)
     if (long := words.contractions.get(low)) is not None:

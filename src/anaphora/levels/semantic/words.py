@@ -34,7 +34,8 @@ class Words:
             words = data["words"].tobytes().decode().split("\n")
             self._index = {word: place for place, word in enumerate(words)}
             self._lemmas: list[int] = data["lemmas"].tolist()
-            self._vectors: npt.NDArray[np.int8] = data["vectors"]
+            # The last row is that of what is unknown.
+            self._vectors = np.concatenate([data["vectors"], np.zeros((1, data["vectors"].shape[1]), np.int8)])
             ranks = data["ranks"].astype(np.float64)
             self._senses, self._sense_ends = data["senses"].tolist(), data["senses_ends"].tolist()
             self._parents, self._parent_ends = data["parents"].tolist(), data["parents_ends"].tolist()
@@ -42,9 +43,10 @@ class Words:
             self._derived = _pairs(data["derived"])
             self._interchangeable = _pairs(data["interchangeable"])
             self._exclusive = _pairs(data["exclusive"])
+        squares = np.square(self._vectors.astype(np.float32)).sum(axis=1, keepdims=True)
+        self._lengths: npt.NDArray[np.float32] = np.sqrt(squares) + np.float32(1e-6)
         weights = np.clip(np.log(ranks / 1_000.0), 0.5, 4.0) / 4.0
         self._weights: list[float] = weights.tolist()
-        self.relation = cache(self._relation)
         self._meanings = cache(self._meanings_of)
         self._above = cache(self._above_of)
 
@@ -62,15 +64,11 @@ class Words:
 
     def vectors(self, numbers: list[int]) -> npt.NDArray[np.float32]:
         """One row of length 1 for each; zeros where unknown."""
-        rows = self._vectors[[max(number, 0) for number in numbers]].astype(np.float32)
-        norms = np.sqrt((rows * rows).sum(axis=1, keepdims=True)) + np.float32(1e-6)
-        rows /= norms
-        for place, number in enumerate(numbers):
-            if number < 0:
-                rows[place] = 0.0
+        rows: npt.NDArray[np.float32] = self._vectors[numbers].astype(np.float32)
+        rows /= self._lengths[numbers]
         return rows
 
-    def _relation(self, one: int, other: int) -> Relation:
+    def relation(self, one: int, other: int) -> Relation:
         """Of two lemmas, or of the words themselves where the lemma has none."""
         low, high = (one, other) if one < other else (other, one)
         pair = low << 16 | high
