@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import anaphora.store
 from anaphora.clock import ManualClock
 from anaphora.errors import TierFailed
 from anaphora.events import Dropped, Event, Failed
@@ -479,6 +480,61 @@ def test_an_entry_found_in_the_slowest_tier_is_copied_into_those_between() -> No
         assert await store.get(make_key(1)) is not None
         await store.flush()
         assert len(await middle.keys()) == 1
+
+    run(body())
+
+
+class Noting(SlowTier):
+    """Remembers what was written together."""
+
+    def __init__(self, clock: ManualClock, capacity: int = MIB) -> None:
+        super().__init__(clock, capacity)
+        self.written: list[set[Key]] = []
+
+    async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
+        self.written.append(set(entries))
+        return await super().put_many(entries, epoch=epoch)
+
+
+def test_small_entries_that_come_thick_and_fast_are_written_together_and_a_flush_waits_for_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anaphora.store, "_WRITE_EVERY_S", 3600.0)
+
+    async def body() -> None:
+        clock = ManualClock()
+        tier = Noting(clock)
+        store = Store([ram(clock), tier], clock=clock)
+        store.put(make_key(1), b"v", tenant=A)
+        await tier.arrived.wait()  # the first one waits for nothing
+        for number in (2, 3, 4):
+            store.put(make_key(number), b"v", tenant=A)
+            for _ in range(8):
+                await asyncio.sleep(0)  # whatever would be written by now is
+        await store.flush()
+        store.put(make_key(5), b"v", tenant=A)
+        await store.flush()
+        assert tier.written == [{make_key(1)}, {make_key(2), make_key(3), make_key(4)}, {make_key(5)}]
+
+    run(body())
+
+
+@pytest.mark.parametrize("sizes", [(5 * MIB,), (10,) * 64], ids=["large", "many"])
+def test_what_is_large_or_many_is_written_at_once(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]) -> None:
+    monkeypatch.setattr(anaphora.store, "_WRITE_EVERY_S", 3600.0)
+
+    async def body() -> None:
+        clock = ManualClock()
+        tier = Noting(clock, 16 * MIB)
+        store = Store([ram(clock), tier], clock=clock)
+        store.put(make_key(1), b"v", tenant=A)
+        await store.flush()
+        tier.arrived.clear()
+        for number, size in enumerate(sizes, 2):
+            store.put(make_key(number), b"v" * size, tenant=A)
+        async with asyncio.timeout(60):
+            await tier.arrived.wait()
+        assert len(tier.written) == 2
 
     run(body())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,6 +28,10 @@ Mark = tuple[int, ...]
 """What had been erased at a moment, as numbers to compare: equal marks, and nothing was erased in between."""
 
 _BATCH_ENTRIES = 64
+_WRITE_EVERY_S = 0.2
+"""Of small entries that come thick and fast, those of so long are written at once: a write costs more than what is in it."""
+_SMALL_BYTES = 4 << 20
+"""More than that waits for nothing."""
 _LOG_EVERY_S = 60.0
 
 
@@ -340,6 +345,9 @@ class _Behind:
         self._failed = failed
         self._emit = emit
         self._task: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+        self._rests_until_s = 0.0
+        """By the event loop's clock."""
 
     def put(self, key: Key, entry: Entry, epoch: int) -> None:
         self.drop((key,))
@@ -348,6 +356,8 @@ class _Behind:
             return
         self.pending[key] = _Pending(entry, epoch)
         self._bytes += entry.size
+        if len(self.pending) >= _BATCH_ENTRIES or self._bytes > _SMALL_BYTES:
+            self._hurry.set()
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._write_all())
 
@@ -362,15 +372,23 @@ class _Behind:
 
     async def flush(self) -> None:
         while self._task is not None and not self._task.done():
+            self._hurry.set()
             # Shielded: giving up on waiting must not give up on writing.
             await asyncio.shield(self._task)
 
     async def _write_all(self) -> None:
+        loop = asyncio.get_running_loop()
         while self.pending:
+            if loop.time() < self._rests_until_s:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._rests_until_s):
+                        await self._hurry.wait()
             async with self.writing:
                 batch = self._next_batch()
                 if batch:
                     await self._write(batch)
+            self._rests_until_s = loop.time() + _WRITE_EVERY_S
+        self._hurry.clear()
 
     def _next_batch(self) -> dict[Key, _Pending]:
         """The oldest entries, as many as share an epoch. Taken under `writing`: earlier ones may have been forgotten."""
