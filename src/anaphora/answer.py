@@ -236,19 +236,24 @@ class Meter:
         for delta in burst:
             if isinstance(delta, Raw):
                 continue
-            if isinstance(delta, TextDelta | ThinkingDelta | ToolUseDelta):
-                self._num_chars += len(delta.arguments if isinstance(delta, ToolUseDelta) else delta.text)
-                if self._first_s is None:
-                    self._first_s = now_s - self._started_s
-                else:
-                    self._gaps_s.append(now_s - self._last_s)
-                self._last_s = now_s
+            if isinstance(delta, TextDelta | ThinkingDelta):
+                self._piece(len(delta.text), now_s)
+            elif isinstance(delta, ToolUseDelta):
+                self._piece(len(delta.arguments), now_s)
             elif isinstance(delta, Finish):
                 self._reasons.append(delta.reason)
             elif isinstance(delta, Begin):
                 self._begin = delta
             elif isinstance(delta, End):
                 self.finish("finished", delta.usage, delta.compute_s)
+
+    def _piece(self, num_chars: int, now_s: float) -> None:
+        self._num_chars += num_chars
+        if self._first_s is None:
+            self._first_s = now_s - self._started_s
+        else:
+            self._gaps_s.append(now_s - self._last_s)
+        self._last_s = now_s
 
     def finish(self, outcome: Literal["finished", "failed", "left"], usage: Usage = NO_USAGE, compute_s: float = 0.0) -> None:
         if self._over:

@@ -59,11 +59,11 @@ class Flight:
             self.task.cancel()
         self._wake()  # the leaver may be waiting; the others look again and go on waiting
 
-    async def wait(self) -> None:
-        """Return after the next delta or the end. Only called while the caller has read everything and it is not over."""
+    def news(self) -> asyncio.Future[None]:
+        """Done after the next delta or at the end. Only called while the caller has read everything and it is not over."""
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(woken)
-        await woken
+        return woken
 
     def has_read(self, num_deltas: int) -> None:
         """A subscriber has come so far."""
@@ -74,18 +74,19 @@ class Flight:
 
     async def _fly(self, start: Start, landed: Landed) -> None:
         collector = Collector()
+        deltas = self.deltas
         pieces = start()
         try:
             async for piece in pieces:
                 for delta in piece if isinstance(piece, list) else (piece,):
                     collector.add(delta)
-                    self.deltas.append(delta)
+                    deltas.append(delta)
                 if collector.completion is not None:
                     self.completion = collector.completion
                     self._end(None)  # before the backend tidies up: no client waits for that
                     break
                 self._wake()
-                if len(self.deltas) - self._furthest >= AHEAD:
+                if len(deltas) - self._furthest >= AHEAD:
                     self._room = asyncio.get_running_loop().create_future()
                     await self._room
         finally:
@@ -153,9 +154,10 @@ class Subscription:
         """Everything that was said and not read yet, at least one delta; empty at the end and after leaving."""
         if not await self._more():
             return []
-        burst = self._flight.deltas[self._next :]
-        self._next += len(burst)
-        self._flight.has_read(self._next)
+        flight = self._flight
+        burst = flight.deltas[self._next :]
+        self._next = len(flight.deltas)
+        flight.has_read(self._next)
         return burst
 
     async def _more(self) -> bool:
@@ -169,7 +171,7 @@ class Subscription:
                 if flight.error is not None:
                     raise flight.error.with_traceback(None)  # shared by all subscribers: tracebacks must not pile up
                 return False
-            await flight.wait()
+            await flight.news()
         return False
 
     @property

@@ -48,7 +48,8 @@ class _Draft:
         self.finish: Finish | None = None
 
     def text(self, delta: TextDelta) -> None:
-        self.logprobs += delta.logprobs
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
         if not delta.text:
             return
         last = self.parts[-1] if self.parts else None
@@ -134,6 +135,9 @@ class Collector:
         if self.completion is not None:
             raise _disorder("a delta after End")
         if isinstance(delta, Raw):
+            return
+        if isinstance(delta, TextDelta) and (draft := self._choices.get(delta.choice)) is not None and draft.finish is None:
+            draft.text(delta)  # nearly every one
             return
         if self._begin is None:
             if not isinstance(delta, Begin):

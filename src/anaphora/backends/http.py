@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, Mapping
+from math import inf
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -38,6 +39,9 @@ class Reply:
         self._due_s: float | None = None
         """When whoever waits has waited long enough, by the event loop's clock."""
         self._timer: asyncio.TimerHandle | None = None
+        self._looks_s = inf
+        """When the timer looks."""
+        self._loop = asyncio.get_running_loop()
         self._late = False
         self.over = False
         """Set by who reads it: what was of interest is there, though there may be more."""
@@ -63,21 +67,21 @@ class Reply:
     def _limit(self, within_s: float) -> None:
         """A timer that is set once and looks then whether it is really time: setting one for each chunk costs more than
         reading it."""
-        loop = asyncio.get_running_loop()
-        self._due_s = loop.time() + within_s
+        due_s = self._due_s = self._loop.time() + within_s
+        if due_s < self._looks_s:
+            self._look_at(due_s)
+
+    def _look_at(self, at_s: float) -> None:
         if self._timer is not None:
-            if self._timer.when() <= self._due_s:
-                return
             self._timer.cancel()
-        self._timer = loop.call_at(self._due_s, self._look)
+        self._timer, self._looks_s = self._loop.call_at(at_s, self._look), at_s
 
     def _look(self) -> None:
-        self._timer = None
+        self._timer, self._looks_s = None, inf
         if self._due_s is None:  # nobody waits
             return
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._due_s:
-            self._timer = loop.call_at(self._due_s, self._look)
+        if self._loop.time() < self._due_s:
+            self._look_at(self._due_s)
         else:
             self._late = True
             self._response.content.set_exception(TimeoutError())

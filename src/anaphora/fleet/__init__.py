@@ -80,11 +80,12 @@ class Fleet:
         for replica in self._replicas.values():
             self._router.add(replica.routed())
         self._pools: dict[str, tuple[Target, ...]] = {}
-        """By model, until a replica joins or leaves."""
+        """By model, until a replica joins or leaves. So the two below."""
+        self._infos: dict[str, ModelInfo] = {}
+        self._models: tuple[ModelInfo, ...] | None = None
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._pings: asyncio.Task[None] | None = None
         self._local_models: tuple[ModelInfo, ...] = ()
-        self._models: tuple[ModelInfo, ...] = ()
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self.takes_provider_blocks = True
 
@@ -104,7 +105,7 @@ class Fleet:
         if self._replicas.setdefault(one.name, replica) is not replica:
             await replica.upstream.aclose()
             raise InvalidRequest(f"There is a replica {one.name} already.", param="name")
-        self._pools.clear()
+        self._changed()
         self._router.add(replica.routed())
         self._watch(replica)
 
@@ -118,12 +119,17 @@ class Fleet:
         replica = self._replica(name)
         replica.draining = True
         del self._replicas[name]
-        self._pools.clear()
+        self._changed()
         self._router.remove(name)
         if (watching := self._watching.pop(name, None)) is not None:
             watching.cancel()
         self._leaving[name] = task = asyncio.create_task(replica.upstream.leave(), name="anaphora-leave")
         task.add_done_callback(lambda _: self._leaving.pop(name, None))
+
+    def _changed(self) -> None:
+        self._pools.clear()
+        self._infos.clear()
+        self._models = None
 
     def _watch(self, replica: Replica) -> None:
         """Ask it for its figures again and again, where it has any: the router is told how long its queue is."""
@@ -179,12 +185,13 @@ class Fleet:
     async def models(self) -> tuple[ModelInfo, ...]:
         """The engine's as far as they are known without waiting, and those that upstreams name one by one."""
         if self._local is not None and self._local.ready():
-            self._local_models = await self._local.models()
-        named = [model.id for replica in self._replicas.values() for model in await replica.upstream.models()]
-        own = {model.id for model in self._local_models}
-        models = (*self._local_models, *(self._hosted(name) for name in dict.fromkeys(named) if name not in own))
-        if models != self._models:
-            self._models = models
+            local = await self._local.models()
+            if local != self._local_models:
+                self._local_models, self._models = local, None
+        if self._models is None:
+            named = [model.id for replica in self._replicas.values() for model in await replica.upstream.models()]
+            own = {model.id for model in self._local_models}
+            self._models = (*self._local_models, *(self._hosted(name) for name in dict.fromkeys(named) if name not in own))
         return self._models
 
     async def loaded(self) -> None:
@@ -206,11 +213,15 @@ class Fleet:
 
     def _hosted(self, name: str) -> ModelInfo:
         """With a fingerprint that changes when somebody else answers for it, so that answers do not outlive that."""
+        info = self._infos.get(name)
+        if info is not None:
+            return info
         digest = hashlib.sha256()
         for target in self._pool(name):
             options = target.upstream.options
             digest.update(f"{options.base_url}\0{options.rename.get(name, name)}\n".encode())
-        return ModelInfo(name, fingerprint=digest.hexdigest())
+        info = self._infos[name] = ModelInfo(name, fingerprint=digest.hexdigest())
+        return info
 
     def _is_local(self, model: str) -> bool:
         return any(model == own.id for own in self._local_models)
@@ -220,7 +231,7 @@ class Fleet:
         pool = self._pools.get(model)
         if pool is None:
             if len(self._pools) >= _MAX_POOLS:  # clients choose the names
-                self._pools.clear()
+                self._changed()
             pool = self._pools[model] = self._find_pool(model)
         return pool
 
@@ -310,6 +321,9 @@ class Fleet:
         try:
             async with aclosing(upstream.bursts(asking, self._optimiser(target.replica, request.model))) as bursts:
                 async for burst in bursts:
+                    if spoken and not isinstance(burst[-1], End):  # nearly always
+                        yield burst
+                        continue
                     for place, delta in enumerate(burst):
                         if isinstance(delta, Raw):
                             continue

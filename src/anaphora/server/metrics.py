@@ -98,13 +98,14 @@ class _Histogram:
         self._rows: dict[tuple[str, ...], int] = {}
         self._bounds = bounds
 
-    def observe(self, value: float, *values: str) -> None:
+    def observe(self, observed: Iterable[float], *values: str) -> None:
         row = self._rows.get(values)
         if row is None:
             row = self._rows[values] = self._sums.row((self._name, *values), len(self._bounds) + 2)
-        cells = self._sums.cells
-        cells[row + bisect_left(self._bounds, value)] += 1
-        cells[row + len(self._bounds) + 1] += value
+        cells, bounds = self._sums.cells, self._bounds
+        for value in observed:
+            cells[row + bisect_left(bounds, value)] += 1
+            cells[row + len(bounds) + 1] += value
 
     def collect(self, totals: Totals) -> Metric:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
@@ -196,12 +197,12 @@ class Metrics:
         model = event.model
         self.requests.add(1, model, event.source, event.outcome)
         if event.first_s is not None:
-            self.first.observe(event.first_s, model, ENGINE)
-        for gap_s in event.gaps_s:
-            self.gap.observe(gap_s, model, ENGINE)
+            self.first.observe((event.first_s,), model, ENGINE)
+        if event.gaps_s:
+            self.gap.observe(event.gaps_s, model, ENGINE)
         if event.outcome != "finished":
             return
-        self.whole.observe(event.elapsed_s, model, ENGINE)
+        self.whole.observe((event.elapsed_s,), model, ENGINE)
         self.success.add(1, model, ENGINE, _FINISHED[event.reasons[0]])
         if event.source in ("hit", "collapsed"):
             self.saved_s.add(event.saved_s, model)
