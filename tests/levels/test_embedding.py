@@ -51,10 +51,17 @@ def vector(text: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return numbers / np.linalg.norm(numbers)
 
 
-def make(clock: Clock, *, storage: Storage = "float16", disk: Path | None = None, ttl_s: float | None = None) -> EmbeddingLevel:
+def make(
+    clock: Clock,
+    *,
+    storage: Storage = "float16",
+    disk: Path | None = None,
+    disk_bytes: int = 1 << 20,
+    ttl_s: float | None = None,
+) -> EmbeddingLevel:
     tiers: list[Tier] = [RamTier(RamOptions(1 << 20), policy=LRU(), clock=clock)]
     if disk is not None:
-        tiers.append(DiskTier(DiskOptions(str(disk), 1 << 20), clock=clock))
+        tiers.append(DiskTier(DiskOptions(str(disk), disk_bytes), clock=clock))
     store = Store(tiers, clock=clock, options=StoreOptions(ttl_s=ttl_s))
     return EmbeddingLevel(EmbeddingOptions(storage=storage), store=store, clock=clock)
 
@@ -337,6 +344,27 @@ def test_vectors_outlive_the_process(tmp_path: Path) -> None:
             level = make(clock, disk=tmp_path)
             assert origins(await level.embed(["a", "b"], space=MANN, compute=compute)) == expected
             await level.aclose()
+
+    asyncio.run(main())
+
+
+def test_what_is_asked_for_again_and_again_does_not_leave_the_disk_first(tmp_path: Path) -> None:
+    async def main() -> None:
+        compute = Counting()
+        clock = ManualClock()
+        level = make(clock, disk=tmp_path, disk_bytes=5 * 300)  # five texts fit
+        for text in "abcd":
+            await level.embed([text], space=MANN, compute=compute)
+        await level.flush()
+        for text in "efgh":
+            clock.advance(1.0)
+            assert origins(await level.embed(["a", text], space=MANN, compute=compute)) == (1, 1, 0)
+            await level.flush()
+        await level.aclose()
+        level = make(clock, disk=tmp_path)
+        assert origins(await level.embed(["a"], space=MANN, compute=compute)) == (1, 0, 0)
+        assert origins(await level.embed(["b"], space=MANN, compute=compute)) == (0, 1, 0)
+        await level.aclose()
 
     asyncio.run(main())
 
