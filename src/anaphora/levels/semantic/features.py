@@ -80,11 +80,9 @@ SURFACE: Final = [
 
 def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
     alike: npt.NDArray[np.float32] = a.vectors @ b.vectors.T
-    rows = alike.max(axis=1).tolist()
-    columns = alike.max(axis=0).tolist()
     cells: list[list[float]] = alike.tolist()
-    left_credit = {place: (rows[place], 0) for place in match.left}
-    right_credit = {place: (columns[place], 0) for place in match.right}
+    left_credit = {place: (max(cells[place]), 0) for place in match.left}
+    right_credit = {place: (max(row[place] for row in cells), 0) for place in match.right}
     counts = dict.fromkeys(RELATIONS, 0)
     closest_conflict = 0.0
     for i in match.left:

@@ -11,8 +11,6 @@ import numpy.typing as npt
 FIELDS = ("features", "thresholds", "next", "roots", "values")
 MOST_LEAVES = 64
 
-_ALL = 2**MOST_LEAVES - 1
-
 
 class Trees:
     """All trees at once, none of them walked. The leaves of a tree are the bits of a number, the leftmost the lowest. Wherever
@@ -30,21 +28,22 @@ class Trees:
         # One column a tree. What is left over where a tree has fewer nodes rules out nothing.
         self._features = np.zeros((num_nodes, len(nodes)), np.intp)
         self._thresholds = np.full((num_nodes, len(nodes)), np.inf)
-        self._kept = np.full((num_nodes, len(nodes)), _ALL, np.uint64)
+        bits = np.uint32 if num_leaves <= 32 else np.uint64
+        self._left = np.zeros((num_nodes, len(nodes)), bits)
         self._values = np.zeros((num_leaves, len(nodes)))
         for tree, (inner, outer) in enumerate(zip(nodes, leaves, strict=True)):
             places = [place for place, _ in inner]
             self._features[: len(inner), tree] = table["features"][places]
             self._thresholds[: len(inner), tree] = table["thresholds"][places]
-            self._kept[: len(inner), tree] = [_ALL ^ left for _, left in inner]
+            self._left[: len(inner), tree] = [left for _, left in inner]
             self._values[: len(outer), tree] = table["values"][outer]
         self._columns = np.arange(len(nodes))
 
     def score(self, row: Sequence[float]) -> float:
         """The sum of what the trees say, in log-odds."""
         right = ~(np.array(row, np.float64).take(self._features) <= self._thresholds)
-        within = np.bitwise_and.reduce(np.where(right, self._kept, np.uint64(_ALL)), axis=0)
-        leaves = np.bitwise_count(within ^ (within - np.uint64(1))) - 1
+        ruled_out = np.bitwise_or.reduce(self._left * right, axis=0)
+        leaves = np.bitwise_count(ruled_out ^ (ruled_out + self._left.dtype.type(1))) - 1
         return float(self._values[leaves, self._columns].sum())
 
 
