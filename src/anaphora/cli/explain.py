@@ -67,7 +67,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     """One explanation in words, a line each."""
     yield f"{found['answer_id']} ({found['request_id']}), {found['model'] or 'no model'}: {_outcome(found)}"
     for level in found["levels"]:
-        yield f"    {level['level']:<8}{level['reason']}: {level['meaning']}"
+        yield f"    {level['level']:<9} {level['reason']}: {level['meaning']}"
     if found["semantic"] is not None:
         yield from _compared(found["semantic"])
     caching = found["prompt_cache"]
