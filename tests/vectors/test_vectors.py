@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from anaphora.vectors import Vectors, VectorsDamaged
+from anaphora.vectors import graph as graph_module
 from anaphora.vectors.graph import Graph
 from anaphora.vectors.rows import encode
 
@@ -299,3 +300,15 @@ def test_a_full_disk_leaves_the_file_of_before(vectors: Vectors, saved: Path, si
     assert [path.name for path in saved.parent.iterdir()] == ["vectors"]
     vectors.save(saved)
     assert len(Vectors.load(saved, DIMENSIONS)) == 123
+
+
+def test_the_larger_a_graph_is_the_further_it_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "_LOOK_EVERY", 8)
+    monkeypatch.setattr(graph_module, "WIDTHS_SEARCHING", ((0, 32), (16, 64)))
+    graph = graph_module.Graph(8)
+    codes = np.random.default_rng(0).integers(-127, 127, (16, 8), np.int8)
+    for number in range(15):
+        graph.add(number, codes[number])
+    assert graph._index.expansion_search == 32
+    graph.add(15, codes[15])
+    assert graph._index.expansion_search == 64

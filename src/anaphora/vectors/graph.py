@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 LINKS = 16
 """Of each vector, on the lowest layer twice as many."""
 WIDTH_ADDING = 128
-WIDTH_SEARCHING = 32
-"""How many of the nearest found so far are kept while looking for nearer ones."""
+WIDTHS_SEARCHING = ((0, 32), (200_000, 64), (500_000, 128))
+"""How many of the nearest found so far are kept while looking for nearer ones, from so many vectors on: among a million, 32 miss
+more than a quarter of the nearest."""
+_LOOK_EVERY = 4096
 NODE_BYTES = 270
 """Of a vector's links and keys, measured."""
 
@@ -44,6 +46,7 @@ class Graph:
             raise ValueError(str(error)) from error
         if graph._index.ndim != dimensions:
             raise ValueError(f"a graph of {graph._index.ndim} dimensions")
+        graph._widen()
         return graph
 
     def __len__(self) -> int:
@@ -56,6 +59,8 @@ class Graph:
 
     def add(self, identity: int, code: Codes) -> None:
         self._index.add(np.array([identity], np.uint64), code[np.newaxis], threads=1)
+        if len(self._index) % _LOOK_EVERY == 0:
+            self._widen()
 
     def remove(self, identity: int) -> None:
         """The place it leaves is used for the next one, and until then holds what it held: see `scrub`."""
@@ -65,6 +70,9 @@ class Graph:
         """(id, similarity) of about the `k` nearest, the nearest first."""
         found = self._index.search(code, k, threads=1)
         return list(zip(found.keys.tolist(), (1.0 - found.distances).tolist(), strict=True))
+
+    def _widen(self) -> None:
+        self._index.expansion_search = width(len(self._index))
 
     def ids(self) -> Ids:
         return np.asarray(self._index.keys).astype(np.int64)
@@ -88,6 +96,11 @@ class Graph:
             raise OSError(str(error)) from error
 
 
+def width(num: int) -> int:
+    """Of a search among `num` vectors."""
+    return next(wide for least, wide in reversed(WIDTHS_SEARCHING) if num >= least)
+
+
 def _index(dimensions: int) -> Index:
     from usearch.index import Index  # only where a space is large
 
@@ -97,5 +110,5 @@ def _index(dimensions: int) -> Index:
         dtype="i8",
         connectivity=LINKS,
         expansion_add=WIDTH_ADDING,
-        expansion_search=WIDTH_SEARCHING,
+        expansion_search=width(0),
     )
