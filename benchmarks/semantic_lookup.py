@@ -35,14 +35,14 @@ from anaphora.types import Key, Tenant
 
 DIMENSIONS = 384
 SPACE = b"benchmark"
-VERBS = tuple("cancel change renew find pay return share delete move check print download upgrade pause report".split(" "))
+VERBS = ("cancel", "change", "renew", "find", "pay", "return", "share", "delete", "move", "check", "print", "download", "pause")
 THINGS = (
-    *"subscription order invoice password address card ticket booking refund account photo contract delivery".split(" "),
-    *"message receipt plan coupon backup folder report license voucher device calendar payment".split(" "),
+    *("subscription", "order", "invoice", "password", "address", "card", "ticket", "booking", "refund", "account", "photo"),
+    *("contract", "delivery", "message", "receipt", "plan", "coupon", "backup", "folder", "report", "voucher", "calendar"),
 )
 WHERE = ("", "on a phone", "on the website", "by mail", "in the app", "at the counter", "on a tablet", "over the telephone")
-LANDS = "Spain France Germany Italy Japan Brazil Canada Norway India Kenya"
-PLACES = ("", *(f"in {name}" for name in LANDS.split(" ")))
+LANDS = ("Spain", "France", "Germany", "Italy", "Japan", "Brazil", "Canada", "Norway", "India", "Kenya")
+PLACES = ("", *(f"in {name}" for name in LANDS))
 WHEN = ("", "before Monday", "after a move", "without a card", "for a friend", "as a student", "during a trip", "with a code")
 ASKING = ("How do I {} a {}", "Where can I {} my {}", "Why can't I {} the {}", "Who may {} this {}")
 REWORDED = ("how can i {} a {}", "where do i {} my {}", "what stops me if I {} the {}", "who can {} this {}")
