@@ -176,4 +176,4 @@ async def _called(compute: Compute, texts: list[str]) -> ArrayLike:
     if inspect.iscoroutinefunction(compute):
         return cast("ArrayLike", await compute(texts))
     found = await asyncio.to_thread(compute, texts)
-    return cast("ArrayLike", await found if inspect.isawaitable(found) else found)
+    return await found if inspect.isawaitable(found) else found

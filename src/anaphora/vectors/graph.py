@@ -72,7 +72,7 @@ class Graph:
         return list(zip(found.keys.tolist(), (1.0 - found.distances).tolist(), strict=True))
 
     def _widen(self) -> None:
-        self._index.expansion_search = width(len(self._index))
+        self._index.expansion_search = width(len(self._index))  # type: ignore[misc]  # its setter is not found
 
     def ids(self) -> Ids:
         return np.asarray(self._index.keys).astype(np.int64)
