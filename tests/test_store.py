@@ -177,6 +177,21 @@ def test_what_waits_to_be_written_is_forgotten_too(tmp_path: Path) -> None:
     run(body())
 
 
+def test_what_waits_to_be_written_and_is_not_to_be_forgotten_stays(tmp_path: Path) -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        store = Store([ram(clock), disk(clock, tmp_path)], clock=clock)
+        for name in (b"a", b"b", b"c"):  # the first is written at once, those behind it wait for company
+            store.put(Key(name * 32), name, tenant=Tenant(name.decode()))
+            await asyncio.sleep(0)
+        assert (await store.forget(Scope(tenant=Tenant("b")))).complete
+        found = await store.get_many([Key(name * 32) for name in (b"a", b"b", b"c")])
+        assert sorted(entry.value for entry in found.values()) == [b"a", b"c"]
+        await store.aclose()
+
+    run(body())
+
+
 def test_hot_entries_are_kept_on_disk_too(tmp_path: Path) -> None:
     async def body() -> None:
         clock = ManualClock()

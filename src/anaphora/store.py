@@ -222,6 +222,7 @@ class Store:
             behind.forget(scope)
             try:
                 async with behind.writing:
+                    await behind.write_waiting()  # or the tier would take it for something from before the forget
                     removed[behind.tier.name] = await behind.tier.forget(scope)
             except TierFailed as error:
                 self._failed(behind.tier, "forget", error)
@@ -389,6 +390,13 @@ class _Behind:
                     await self._write(batch)
             self._rests_until_s = loop.time() + _WRITE_EVERY_S
         self._hurry.clear()
+
+    async def write_waiting(self) -> None:
+        """What waits now, and not what comes meanwhile. Under `writing`."""
+        num = len(self.pending)
+        while num > 0 and (batch := self._next_batch()):
+            await self._write(batch)
+            num -= len(batch)
 
     def _next_batch(self) -> dict[Key, _Pending]:
         """The oldest entries, as many as share an epoch. Taken under `writing`: earlier ones may have been forgotten."""

@@ -223,7 +223,8 @@ class EntryFile:
         try:
             if self._writes:
                 self.path.chmod(0o600)
-                db.execute("PRAGMA journal_mode = WAL")
+                with self._locked():  # two that do this to a new file at once do not wait for each other
+                    db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = NORMAL")
                 db.execute("PRAGMA secure_delete = ON")
                 db.execute(f"PRAGMA journal_size_limit = {4 << 20}")
