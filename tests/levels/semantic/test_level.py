@@ -445,6 +445,46 @@ def test_forgetting_leaves_neither_questions_nor_evidence_nor_what_was_under_way
     run(body)
 
 
+def test_what_is_forgotten_while_it_is_being_judged_leaves_nothing(run: Run) -> None:
+    worlds: list[World] = []
+    gone = asyncio.Event()
+
+    async def ask(tenant: Tenant, prompt: str) -> str:
+        await worlds[0].level.forget(Scope(tenant=tenant))
+        gone.set()
+        return "YES"
+
+    async def body(world: World) -> None:
+        worlds.append(world)
+        await world.ask(ASKED, "Click on forgot.")
+        await world.ask(OTHER_WORDS, "You find the link below.")
+        assert gone.is_set()
+        assert await world.level.decisions(Tenant("a"), 10) == []
+        assert world.level.evidence(Tenant("a")) == {}
+
+    run(body, ask=ask)
+
+
+def test_what_is_forgotten_while_it_is_being_compared_leaves_nothing(run: Run) -> None:
+    async def body(world: World) -> None:
+        await world.ask(ASKED, "Click on forgot.")
+        question = world.question(OTHER_WORDS)
+        answers = world.level._answers
+
+        async def forgetting(asked: Question) -> Hit[Completion] | Miss:
+            found = await answers(asked)
+            await world.level.forget(Scope(tenant=Tenant("a")))
+            return found
+
+        world.level._answers = forgetting
+        assert isinstance(await world.level.lookup(question), Miss)
+        world.level._answers = answers
+        await world.level.flush()
+        assert await world.level.decisions(Tenant("a"), 10) == []
+
+    run(body)
+
+
 def test_a_step_that_fails_is_a_miss(run: Run) -> None:
     async def body(world: World) -> None:
         await world.teach()

@@ -100,7 +100,10 @@ class Audits:
         decision, said, given = trial.decision, in_words(computed), in_words(trial.answer)
         if said is None or given is None:
             return None
+        mark = self._entries.mark()
         right = await self._agree(decision, given, said)
+        if mark != self._entries.mark():  # a judge takes his time, and meanwhile this may have been forgotten
+            return None
         self._emit(Judged(decision.tenant, decision.model, decision.request_id, _source(trial), not right))
         self._found(decision, wrong=not right, u=trial.u, inclusion=trial.inclusion, forced=trial.forced)
         return right
@@ -145,10 +148,11 @@ class Audits:
 
     async def doubt(self, before: Decision, vector: Vector) -> None:
         """What was asked after that answer has this vector. If it is nearly the same, the answer may have been wrong."""
+        mark = self._entries.mark()
         other = (await self._embed(before.tenant, before.model, (before.text,)))[0]
         if self._similarity(other, vector) >= REPHRASED_SIMILARITY:
             keep(self._doubted, before.entry_id, None)
-            self._entries.note(msgspec.structs.replace(before, outcome="doubted", at_s=self._clock.now_s()))
+            self._entries.note(msgspec.structs.replace(before, outcome="doubted", at_s=self._clock.now_s()), mark)
 
     def is_doubted(self, entry_id: int) -> bool:
         """Whether its next answer should be audited. It is told once."""
@@ -158,9 +162,10 @@ class Audits:
 
     async def feedback(self, tenant: Tenant, request_id: str, *, right: bool) -> bool:
         """Whether the answer to a request of `tenant` was right. False: none such was given in other words."""
+        mark = self._entries.mark()
         decisions = await self._entries.decisions(tenant, request=request_id)
         served = next((decision for decision in decisions if decision.outcome == "served"), None)
-        if served is None:
+        if served is None or mark != self._entries.mark():
             return False
         self._emit(Judged(tenant, served.model, request_id, "feedback", not right))
         self._found(served, wrong=not right, u=0.0, inclusion=1.0, forced=True)
@@ -169,12 +174,12 @@ class Audits:
     async def teach(self, tenant: Tenant, model: str, pairs: Sequence[tuple[str, str, bool]]) -> int:
         """Evidence of one's own: two questions, and whether the answer to one is right for the other. How many count: those
         that no step says no to."""
-        num = 0
+        num, mark = 0, self._entries.mark()
         for first, second, right in pairs:
             score = await self._score(tenant, model, first, second)
             if score is not None:
                 label = self._label(tenant, model, score, wrong=not right)
-                num += self._pools.add(msgspec.structs.replace(label, source="imported"))
+                num += self._pools.add(msgspec.structs.replace(label, source="imported"), mark)
                 self._emit(Judged(tenant, model, "", "imported", not right))
         return num
 

@@ -189,7 +189,10 @@ class Entries:
             if self._held.used(identity):
                 self._waiting.used[identity] = self._clock.now_s()
 
-    def note(self, what: Labelled | Decision) -> None:
+    def note(self, what: Labelled | Decision, since: Mark | None = None) -> None:
+        """Unless something was forgotten since the mark `since`: it may be about just that."""
+        if since is not None and since != self.mark():
+            return
         noted = Noted(what, self._file.epoch)
         with self._lock:
             self._waiting.noted.append(noted)

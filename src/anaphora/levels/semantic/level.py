@@ -100,6 +100,8 @@ class _Looked(msgspec.Struct):
     risk: float
     """Of answers in other words, the share that may be wrong."""
     serves: bool
+    mark: Mark
+    """What had been forgotten when it was asked."""
     vector: Vector | None = None
 
 
@@ -192,7 +194,9 @@ class SemanticLevel:
             return None
         place = self._place(question)
         risk = options.risk if route.risk is None else route.risk
-        return None if place is None else _Looked(question, place, risk if wish is None else wish, mode == "on")
+        if place is None:
+            return None
+        return _Looked(question, place, risk if wish is None else wish, mode == "on", self.mark())
 
     def _place(self, question: Question, *, shared: bool = False) -> Asked | None:
         request, options = question.request, self.options
@@ -259,7 +263,7 @@ class SemanticLevel:
             return self._tried(looked, found, hit, "shadow", str(outcome), u, outcome.inclusion)
         decision = self._decision(looked, found, "served")
         self._entries.used(entry.id)
-        self._entries.note(decision)
+        self._entries.note(decision, looked.mark)
         self.audits.served(looked.place, decision)
         self._say(looked, found, "hit", "risk", f"such answers are right often enough at scores from {outcome.threshold:g}")
         return Hit(self.name, entry.key, hit.value, hit.age_s, hit.ttl_s, hit.cost_s)
@@ -278,14 +282,14 @@ class SemanticLevel:
     ) -> Miss:
         """It is computed, and compared with what might have been given."""
         decision = self._decision(looked, found, outcome)
-        self._entries.note(decision)
+        self._entries.note(decision, looked.mark)
         self.audits.begin(looked.question.key, Trial(decision, hit.value, u, inclusion, forced))
         self._say(looked, found, "audit" if outcome == "audited" else "shadow", "risk", why)
         return Miss(self.name, MissReason.AUDITED if outcome == "audited" else MissReason.SHADOW)
 
     def _missed(self, looked: _Looked, found: comparing.Compared) -> Miss:
         if found.entry is not None:
-            self._entries.note(self._decision(looked, found, "refused"))
+            self._entries.note(self._decision(looked, found, "refused"), looked.mark)
         self._say(looked, found, "miss", found.step, found.why)
         reasons = {"neighbours": MissReason.NO_NEIGHBOUR, "guards": MissReason.GUARDED, "answer": MissReason.NO_NEIGHBOUR}
         return Miss(self.name, reasons.get(found.step, MissReason.UNVERIFIED))

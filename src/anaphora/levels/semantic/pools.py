@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from anaphora.levels.semantic.entries import Entries, Labelled
 from anaphora.levels.semantic.risk import Evidence, Label, Outcome, Policy, Rung
+from anaphora.store import Mark
 from anaphora.types import Scope, Tenant
 
 Pool = tuple[Tenant, str]
@@ -31,8 +32,10 @@ class Pools:
         self._hear()
         return sorted(self._pools)
 
-    def add(self, label: Labelled) -> bool:
-        """Keep it; whether it counts."""
+    def add(self, label: Labelled, since: Mark | None = None) -> bool:
+        """Keep it; whether it counts. Not if something was forgotten since the mark `since`."""
+        if since is not None and since != self._entries.mark():
+            return False
         self._hear()
         self._entries.note(label)
         return self._take(label)
