@@ -37,7 +37,7 @@ from anaphora.events import (
 )
 from anaphora.levels.base import Question
 from anaphora.levels.semantic import comparing, judging
-from anaphora.levels.semantic.audits import Audits, Embed, Trial, in_words, keep
+from anaphora.levels.semantic.audits import JUDGE_S, Audits, Embed, Trial, in_words, keep
 from anaphora.levels.semantic.comparing import Vector, Verifies, digest_of
 from anaphora.levels.semantic.entries import Entries
 from anaphora.levels.semantic.pools import Pools
@@ -56,8 +56,7 @@ Answers = Callable[[Question], Awaitable[Hit[Completion] | Miss]]
 """What the exact level has for a question."""
 
 EMBED_S = 0.5
-"""How long to wait for a question's vector, or for the judge's word (`JUDGE_S`): then it is a miss."""
-JUDGE_S = 20.0
+"""How long to wait for a question's vector (for the judge's word `JUDGE_S`): then it is a miss."""
 LEARN_S = 60.0
 """The same behind the answer, where nobody waits."""
 CLOSE_S = 2.0
