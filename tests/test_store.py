@@ -284,6 +284,31 @@ def test_what_was_asked_for_before_a_forget_is_not_kept_after_it(tmp_path: Path)
     run(body())
 
 
+def test_what_waits_for_the_disk_while_another_process_forgets_is_written_unless_it_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anaphora.store._WRITE_EVERY_S", 60.0)
+
+    async def body() -> None:
+        clock = ManualClock()
+        here, there = (Store([ram(clock), disk(clock, tmp_path)], clock=clock) for _ in range(2))
+        here.put(make_key(0), b"v", tenant=A)
+        await here.flush()  # from here on writes wait
+        for number, tenant in enumerate([A, B, A, B], 1):
+            here.put(make_key(number), b"%d" % number, tenant=tenant)
+        assert (await there.forget(Scope(tenant=A))).complete
+        keys = [make_key(number) for number in range(5)]
+        assert [here.get_now(key) for key in keys] == [None] * 5  # it is not known yet which were meant
+        assert await here.locate(keys) == {}
+        found = await here.get_many(keys)
+        assert {key: entry.value for key, entry in found.items()} == {make_key(2): b"2", make_key(4): b"4"}
+        assert set(await there.get_many(keys)) == {make_key(2), make_key(4)}
+        await here.aclose()
+        await there.aclose()
+
+    run(body())
+
+
 class Overtaken(SlowTier):
     """Another process forgets right after the epoch was read."""
 

@@ -94,7 +94,7 @@ class Store:
         for position, behind in enumerate(self._slower):
             if not missing:
                 break
-            for key, entry in (await self._ask(behind.tier, missing)).items():
+            for key, entry in (await self._ask(behind, missing)).items():
                 found[key] = self._promoted(key, entry, position)
             missing = [key for key in missing if key not in found]
         return found
@@ -115,7 +115,7 @@ class Store:
         """The entry, if it is waiting to be written to a slower tier."""
         for behind in self._slower:
             pending = behind.pending.get(key)
-            if pending is not None and not pending.entry.expired(self._clock.now_s()):
+            if pending is not None and not behind.doubts(key) and not pending.entry.expired(self._clock.now_s()):
                 return pending.entry
         return None
 
@@ -130,7 +130,7 @@ class Store:
             found.update((key, (tier.name, size)) for key, size in sizes.items())
         for behind in self._slower:
             for key in keys:
-                if key not in found and (pending := behind.pending.get(key)) is not None:
+                if key not in found and not behind.doubts(key) and (pending := behind.pending.get(key)) is not None:
                     found[key] = behind.tier.name, pending.entry.size
         return found
 
@@ -264,10 +264,10 @@ class Store:
 
     # -- reading a slower tier -----------------------------------------------------------------------------------------
 
-    async def _ask(self, tier: Tier, keys: list[Key]) -> dict[Key, Entry]:
-        """What `tier` has of `keys`; nothing where what it read may have been erased meanwhile."""
+    async def _ask(self, behind: _Behind, keys: list[Key]) -> dict[Key, Entry]:
+        """What a tier has of `keys`; nothing where what it read may have been erased meanwhile."""
         before = self.mark()
-        found = await self._asked(tier, "get", tier.get_many(keys))
+        found = await self._asked(behind.tier, "get", behind.get_many(keys))
         return found if self.mark() == before else {}
 
     async def _asked(self, tier: Tier, operation: str, answer: Coroutine[Any, Any, dict[Key, T]]) -> dict[Key, T]:
@@ -302,9 +302,10 @@ class Store:
         return tuple([epoch() for epoch in self._epochs])
 
     def _heed_erasures(self) -> None:
-        """Another process that shares a slower tier may have forgotten what this one still has a copy of: drop all copies.
+        """Another process that shares a slower tier may have forgotten what this one still has a copy of: use no copy.
 
-        All, because which ones is known only there; it is rare, and they come back from the slower tier.
+        None, because which ones is known only there; it is rare, and they come back from the slower tier. So does what is not
+        written yet: of that the tier takes what was not erased.
         """
         epoch = self._epoch()
         if epoch == self._seen:
@@ -313,7 +314,7 @@ class Store:
         if self._first is not None:
             self._first.forget_now(EVERYTHING)
         for behind in self._slower:
-            behind.forget(EVERYTHING)
+            behind.doubt()
 
     # -- failures ------------------------------------------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class Store:
 class _Pending(msgspec.Struct, frozen=True):
     entry: Entry
     epoch: int
-    """Of the tier, from before the put: if something was forgotten since, the entry may be that, and is not written."""
+    """Of the tier, from before the put: what was forgotten since is not written."""
 
 
 class _Behind:
@@ -343,6 +344,8 @@ class _Behind:
         """Held over each write and each erasure of the tier, so that no write that began before an erasure ends after it."""
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._doubted: set[Key] = set()
+        """Of `pending`: what may have been erased. The tier knows, and will not have it then."""
         self._failed = failed
         self._emit = emit
         self._task: asyncio.Task[None] | None = None
@@ -367,9 +370,23 @@ class _Behind:
             pending = self.pending.pop(key, None)
             if pending is not None:
                 self._bytes -= pending.entry.size
+                self._doubted.discard(key)
 
     def forget(self, scope: Scope) -> None:
         self.drop([key for key, pending in self.pending.items() if pending.entry.within(scope)])
+
+    def doubt(self) -> None:
+        """Something was erased, and nobody said what."""
+        self._doubted.update(self.pending)
+
+    def doubts(self, key: Key) -> bool:
+        return key in self._doubted
+
+    async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
+        """What the tier has, once it has what waits for it and may have been erased."""
+        if self._doubted and not self._doubted.isdisjoint(keys):
+            await self.flush()
+        return await self.tier.get_many(keys)
 
     async def flush(self) -> None:
         while self._task is not None and not self._task.done():

@@ -20,7 +20,7 @@ from anaphora.keys import digest
 from anaphora.policies.base import Policy
 from anaphora.policies.gdsf import GDSF
 from anaphora.policies.lru import LRU
-from anaphora.tiers.base import ENTRY_OVERHEAD, Entry, Eviction, Tier
+from anaphora.tiers.base import ENTRY_OVERHEAD, EVERYTHING, Entry, Eviction, Tier
 from anaphora.types import Key, Scope, Tenant
 
 
@@ -204,10 +204,19 @@ class TierContract:
             await tier.forget(Scope(tenant=Tenant("nobody")))
             if tier.epoch() == before == 0:
                 return  # not shared
-            assert await tier.put_many({make_key(3): make_entry()}, epoch=before) == frozenset()
+            prepared = {
+                make_key(3): make_entry(),
+                make_key(4): msgspec.structs.replace(make_entry(), tenant=Tenant("nobody")),
+            }
+            assert await tier.put_many(prepared, epoch=before) == {make_key(3)}
             after = tier.epoch()
             await tier.delete_many([make_key(1)])
             assert len({before, after, tier.epoch()}) == 3
+            prepared = {make_key(number): make_entry() for number in range(3)}
+            assert await tier.put_many(prepared, epoch=after) == {make_key(0), make_key(2)}
+            assert await tier.put_many(prepared, epoch=before) == {make_key(0), make_key(2)}
+            await tier.forget(EVERYTHING)
+            assert await tier.put_many(prepared, epoch=after) == frozenset()
 
         self.run(body)
 

@@ -73,6 +73,14 @@ class Erasure(msgspec.Struct, frozen=True, omit_defaults=True):
     scope: Scope | None = None
     keys: tuple[Key, ...] = ()
 
+    def covers(self, key: Key, entry: Entry) -> bool:
+        return key in self.keys if self.scope is None else entry.within(self.scope)
+
+
+def left_of(entries: Mapping[Key, Entry], erasures: Collection[Erasure]) -> dict[Key, Entry]:
+    """Those that none of `erasures` covers."""
+    return {key: entry for key, entry in entries.items() if not any(erasure.covers(key, entry) for erasure in erasures)}
+
 
 class TierStats(msgspec.Struct, frozen=True):
     num_entries: int
@@ -123,7 +131,8 @@ class Tier(Protocol):
         Room is made by evicting, in the order of `Eviction`, entries that are not kept: first entries of the same tenant
         while that has more than its share, then any. What would not fit even so is not stored, and nothing is evicted for it.
 
-        With `epoch`: store nothing at all if something was forgotten since `epoch()` was that.
+        With `epoch`: store nothing that was erased since `epoch()` was that, by its scope or by its key; and nothing at all if
+        what was erased since then is not known any more.
         """
         ...
 

@@ -44,7 +44,8 @@ import msgspec
 
 from anaphora.clock import Clock
 from anaphora.errors import TierFailed
-from anaphora.tiers.base import ALL_KEPT_SHARE, Entry, Eviction, Examined
+from anaphora.tiers.base import ALL_KEPT_SHARE, Entry, Erasure, Eviction, Examined
+from anaphora.tiers.disk import erased
 from anaphora.tiers.disk.epoch import SharedEpoch
 from anaphora.tiers.disk.traces import SharedTraces
 from anaphora.types import Key, Scope, Tenant
@@ -77,6 +78,7 @@ CREATE INDEX entries_by_rank ON entries (rank, accessed, size, kept_until) WHERE
 CREATE INDEX entries_by_keeping ON entries (kept_until, size, expires_at) WHERE kept_until IS NOT NULL;
 CREATE INDEX entries_by_keeper ON entries (tenant, size, kept_until) WHERE kept_until IS NOT NULL;
 """,
+    erased.SCHEMA,
 )
 """Statements that lead from each format to the next. A semicolon at a line's end ends a statement."""
 FORMAT = len(_FORMATS)
@@ -94,6 +96,10 @@ CREATE TRIGGER nothing_used AFTER UPDATE ON used_by_tenant WHEN NEW.bytes <= 0
     BEGIN DELETE FROM used_by_tenant WHERE tenant = NEW.tenant; END;
 """
 """Only in folders of which a process has limited the share of a tenant: others need not pay for it."""
+_OVER = """
+SELECT 1 FROM entries WHERE expires_at <= :now UNION ALL SELECT 1 FROM entries WHERE kept_until <= :now
+UNION ALL SELECT 1 FROM erased WHERE at <= :noted LIMIT 1
+"""
 _COLUMNS = "id, key, file, stored_at, expires_at, cost, tenant, model, tags, checksum, value"
 _KEYS_PER_QUERY = 500
 _GATHER_AFTER = 1 << 18
@@ -229,11 +235,11 @@ class DiskIndex:
         return self._run(work)
 
     def delete(self, keys: Collection[Key]) -> int:
-        return self._erase(lambda db: sum(len(self._delete(db, "key = ?", (key,))) for key in keys))
+        return self._erase(Erasure(keys=tuple(keys)), lambda db: sum(len(self._delete(db, "key = ?", (key,))) for key in keys))
 
     def forget(self, scope: Scope) -> int:
         where, values = _where(scope)
-        count = self._erase(lambda db: len(self._delete(db, where, values)))
+        count = self._erase(Erasure(scope), lambda db: len(self._delete(db, where, values)))
         if count:
             with suppress(TierFailed):  # busy: the traces stay until the folder is opened the next time
                 self._run(self._gather_again)
@@ -425,8 +431,9 @@ class DiskIndex:
 
     def _put(self, db: sqlite3.Connection, entries: Mapping[Key, Entry], epoch: int | None, touched: Iterable[Key]) -> Written:
         with self._transaction(db):
-            # Asked under the write lock: whoever forgets changes the epoch under that lock too.
-            if epoch is not None and (self._epoch is None or self._epoch.read() != epoch):
+            if epoch is not None:
+                entries = self._not_erased(db, entries, epoch)
+            if not entries:
                 return Written()
             self._leave_traces(db, entries)
             self._apply_touches(db, touched)
@@ -444,6 +451,11 @@ class DiskIndex:
                     stored.add(key)
                     evicted += gone
         return Written.of(evicted, stored)
+
+    def _not_erased(self, db: sqlite3.Connection, entries: Mapping[Key, Entry], epoch: int) -> Mapping[Key, Entry]:
+        """Those that may still be stored, if they were prepared when the epoch was `epoch`."""
+        # Asked under the write lock: whoever forgets changes the epoch under that lock too.
+        return {} if self._epoch is None else erased.not_erased(db, entries, epoch, self._epoch.read())
 
     def _leave_traces(self, db: sqlite3.Connection, keys: Collection[Key]) -> None:
         if self._traces is None or self._traces.replaced() or self._num_traces > _GATHER_AFTER:
@@ -520,16 +532,21 @@ class DiskIndex:
     def _unlink(self, name: str) -> None:
         (self._values / name).unlink(missing_ok=True)
 
-    def _erase(self, work: Callable[[sqlite3.Connection], int]) -> int:
+    def _erase(self, erasure: Erasure, work: Callable[[sqlite3.Connection], int]) -> int:
         """`work` removes rows in one transaction; their bytes leave the medium, and copies in other processes are void."""
 
         def erase(db: sqlite3.Connection) -> int:
             epoch = self._epoch
             assert epoch is not None  # a connection is only made after it
             with self._transaction(db):
-                epoch.change()  # before the commit: a write that was prepared earlier must not put anything back
+                # Before the commit: a write that was prepared earlier must not put anything back.
+                erased.erase(db, epoch, erasure, self._clock.now_s())
                 count = work(db)
-            epoch.change()  # and after: a reader may have copied the old state in between
+            try:
+                with self._transaction(db):  # and after: a reader may have copied the old state in between
+                    erased.erase(db, epoch, erasure, self._clock.now_s())
+            except sqlite3.Error:
+                epoch.change()
             self._remove_put_aside()
             with suppress(sqlite3.OperationalError):  # busy: the pages are zeroed all the same, and given back later
                 db.execute("PRAGMA incremental_vacuum").fetchall()
@@ -621,10 +638,11 @@ class DiskIndex:
     def _end_times(self, db: sqlite3.Connection) -> float:
         """Remove what has expired, and keep no longer what was kept until now; what time that is."""
         now_s = self._clock.now_s()
-        over = "SELECT 1 FROM entries WHERE expires_at <= :now UNION ALL SELECT 1 FROM entries WHERE kept_until <= :now LIMIT 1"
-        if db.execute(over, {"now": now_s}).fetchall():
+        times = {"now": now_s, "noted": now_s - erased.REMEMBERED_S}
+        if db.execute(_OVER, times).fetchall():
             self._delete(db, "expires_at <= ?", (now_s,))
-            db.execute("UPDATE entries SET kept_until = NULL WHERE kept_until <= ?", (now_s,))
+            db.execute("UPDATE entries SET kept_until = NULL WHERE kept_until <= :now", times)
+            db.execute("DELETE FROM erased WHERE at <= :noted", times)
         return now_s
 
     def _kept(self, db: sqlite3.Connection) -> Counter[str]:

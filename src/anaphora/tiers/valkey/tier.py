@@ -16,7 +16,7 @@ import msgspec
 from anaphora.clock import Clock
 from anaphora.errors import ConfigError, TierFailed
 from anaphora.events import Damaged, Emit, Evicted, ignore
-from anaphora.tiers.base import ALL_KEPT_SHARE, EVERYTHING, Entry, Erasure, Eviction, TierStats
+from anaphora.tiers.base import ALL_KEPT_SHARE, EVERYTHING, Entry, Erasure, Eviction, TierStats, left_of
 from anaphora.tiers.pieces import Uses, batches
 from anaphora.tiers.valkey import scripts
 from anaphora.tiers.valkey.batches import each, on_a_thread, pieces
@@ -128,6 +128,17 @@ class ValkeyTier:
         return found
 
     async def put_many(self, entries: Mapping[Key, Entry], *, epoch: int | None = None) -> frozenset[Key]:
+        stored = await self._put_all(entries, epoch)
+        for _ in range(2):  # an erasure changes the epoch twice
+            if epoch is None or (epoch or self._first_epoch) == self._epoch:
+                break
+            epoch, erasures = await self.erasures(epoch or self._first_epoch)
+            refused = {key: entry for key, entry in entries.items() if key not in stored}
+            stored |= await self._put_all(left_of(refused, erasures), epoch)
+        return stored
+
+    async def _put_all(self, entries: Mapping[Key, Entry], epoch: int | None) -> frozenset[Key]:
+        """What is stored of `entries`; nothing if the epoch is no longer `epoch`."""
         stored: set[Key] = set()
         writes = [
             (bucket, some) for bucket, keys in self._by_bucket(entries) for some in batches({key: entries[key] for key in keys})
