@@ -10,7 +10,7 @@ import msgspec
 from anaphora.accounting import NOBODY, Asked, Bill
 from anaphora.clock import Clock
 from anaphora.errors import ServiceError
-from anaphora.events import Answered, Emit, Hit, Miss, MissReason
+from anaphora.events import Answered, AnswerNamed, Emit, Hit, Miss, MissReason
 from anaphora.flight import Subscription
 from anaphora.memory import Recall
 from anaphora.transcript import replay
@@ -244,6 +244,8 @@ class Meter:
                 self._reasons.append(delta.reason)
             elif isinstance(delta, Begin):
                 self._begin = delta
+                if delta.answer_id and self._asked.request_id:
+                    self._emit(AnswerNamed(self._request.tenant, self._asked.request_id, delta.answer_id))
             elif isinstance(delta, End):
                 self.finish("finished", delta.usage, delta.compute_s)
 

@@ -286,6 +286,14 @@ class Optimised(msgspec.Struct, frozen=True):
     """For every decision, also against doing something: code, path, text, tokens saved."""
 
 
+class AnswerNamed(msgspec.Struct, frozen=True):
+    """An upstream has begun an answer, and gave it an id of its own. One for each client of the answer."""
+
+    tenant: Tenant
+    request_id: str
+    answer_id: str
+
+
 class UpstreamAsked(msgspec.Struct, frozen=True):
     """An upstream was asked for an answer, and did not give any if there is an `error`."""
 
@@ -319,6 +327,7 @@ Event = (
     | Compared
     | Judged
     | Optimised
+    | AnswerNamed
     | UpstreamAsked
 )
 Emit = Callable[[Event], None]

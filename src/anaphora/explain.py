@@ -19,7 +19,7 @@ from anaphora.accounting import Asked, Bill
 from anaphora.answer import Live, Recalled
 from anaphora.clock import Clock
 from anaphora.diagnosis import Miss, Reason
-from anaphora.events import Compared, Event, MissReason, Optimised, UpstreamAsked
+from anaphora.events import AnswerNamed, Compared, Event, MissReason, Optimised, UpstreamAsked
 from anaphora.events import Miss as LevelMiss
 from anaphora.lint.findings import RULES
 from anaphora.outline import Outline, Parting, Piece, outline, part
@@ -34,6 +34,8 @@ Outcome = Literal["running", "finished", "failed", "left"]
 
 NUM_OUTLINES = 32
 """Prompts of one tenant that a later one can be compared with: as many as the books compare with."""
+MAX_ID_CHARS = 256
+"""Of an upstream's id for its answer; nobody is found by a longer one."""
 MAX_TENANTS = 256
 """Beyond it the tenant that was heard of longest ago is left out."""
 
@@ -219,6 +221,8 @@ class Explanation(msgspec.Struct, frozen=True):
     """None: it had nothing to do with this request."""
     semantic: Comparison | None = None
     """None: not compared with questions in other words."""
+    upstream_answer_id: str = ""
+    """By which the upstream knows its answer, and so do clients of its dialect; empty where none answered."""
 
 
 class Trail:
@@ -244,6 +248,7 @@ class Trail:
         "error",
         "model",
         "request_id",
+        "upstream_answer_id",
     )
 
     def __init__(self, request_id: str, answer_id: str, dialect: str, arrived_s: float) -> None:
@@ -266,6 +271,7 @@ class Trail:
         self._upstreams: list[Upstream] = []
         self.advice: Advice | None = None
         self.comparison: Comparison | None = None
+        self.upstream_answer_id = ""
 
     def asked(self, event: UpstreamAsked) -> None:
         """An upstream was asked; said once more where it gave no answer."""
@@ -323,6 +329,7 @@ class Trail:
             upstreams=tuple(self._upstreams),
             optimiser=self.advice,
             semantic=self.comparison,
+            upstream_answer_id=self.upstream_answer_id,
         )
 
 
@@ -341,10 +348,28 @@ class _Kept:
 
     def __init__(self) -> None:
         self.trails: OrderedDict[str, Trail] = OrderedDict()
+        self.named: dict[str, Trail] = {}
+        """By the ids of upstreams: the latest of those who were given an answer."""
         self.outlines: OrderedDict[str, tuple[str, Outline]] = OrderedDict()
         """By answer: the model, and the prompt's outline."""
         self.pieces: WeakValueDictionary[bytes, Piece] = WeakValueDictionary()
         """As long as an outline holds them."""
+
+    def name(self, trail: Trail, answer_id: str) -> None:
+        self._unname(trail)
+        if len(answer_id) <= MAX_ID_CHARS:
+            trail.upstream_answer_id = answer_id
+            self.named[answer_id] = trail
+
+    def find(self, name: str) -> Trail | None:
+        return self.trails.get(_bare(name)) or self.named.get(name)
+
+    def drop(self, name: str) -> None:
+        self._unname(self.trails.pop(name))
+
+    def _unname(self, trail: Trail) -> None:
+        if self.named.get(trail.upstream_answer_id) is trail:
+            del self.named[trail.upstream_answer_id]
 
 
 class Explanations:
@@ -370,18 +395,20 @@ class Explanations:
             self._tenants.move_to_end(tenant)
         kept.trails[_bare(request_id)] = trail
         if len(kept.trails) > self.size:
-            kept.trails.popitem(last=False)
+            kept.drop(next(iter(kept.trails)))
         return trail
 
     def record(self, event: Event) -> None:
         """Takes every event; most do not concern it."""
-        if not isinstance(event, Optimised | UpstreamAsked | Compared):
+        if not isinstance(event, Optimised | UpstreamAsked | AnswerNamed | Compared):
             return
         kept = self._tenants.get(event.tenant)
         trail = None if kept is None else kept.trails.get(_bare(event.request_id))
-        if trail is None:
+        if kept is None or trail is None:
             return
-        if isinstance(event, Optimised):
+        if isinstance(event, AnswerNamed):
+            kept.name(trail, event.answer_id)
+        elif isinstance(event, Optimised):
             trail.advice = Advice(event.mode, event.model, event.marks, event.reasons)
         elif isinstance(event, Compared):
             trail.comparison = Comparison(event.outcome, event.step, event.why, event.nearest, event.similarity, event.score)
@@ -401,10 +428,20 @@ class Explanations:
         trail.live(answer, parting)
 
     def find(self, tenant: Tenant, name: str) -> Explanation | None:
-        """By the id of the request or of its answer. None: not this tenant's, not among the latest, or not of this process."""
+        """By the id of the request or of its answer, ours or the upstream's. None: not this tenant's, not among the latest, or
+        not of this process."""
         kept = self._tenants.get(tenant)
-        trail = kept.trails.get(_bare(name)) if kept is not None else None
+        trail = kept.find(name) if kept is not None else None
         return None if trail is None else trail.told()
+
+    def request_id(self, tenant: Tenant, name: str) -> str:
+        """Of the request that `name` means, as in `find`; of one that is not kept, as far as the name itself tells."""
+        kept = self._tenants.get(tenant)
+        trail = kept.find(name) if kept is not None else None
+        if trail is not None:
+            return trail.request_id
+        found = _ID.search(name)
+        return f"req_{found[0]}" if found else name
 
     def latest(self, tenant: Tenant, limit: int = 20) -> list[Explanation]:
         """The newest first."""
@@ -423,7 +460,7 @@ class Explanations:
                 continue
             doomed = [name for name, trail in kept.trails.items() if scope.model in (None, trail.model)]
             for name in doomed:
-                del kept.trails[name]
+                kept.drop(name)
             for answer in [name for name, (model, _) in kept.outlines.items() if scope.model in (None, model)]:
                 del kept.outlines[answer]
             gone += len(doomed)

@@ -226,6 +226,8 @@ class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
     usage: Usage
     upstream: str = ""
     """The name of the upstream that answers. Empty: the engine of this server."""
+    answer_id: str = ""
+    """By which that upstream knows the answer; so do clients of its dialect, to whom the answer goes as it came."""
 
 
 class TextDelta(msgspec.Struct, frozen=True, tag="text", array_like=True):

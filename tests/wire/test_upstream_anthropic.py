@@ -44,7 +44,7 @@ def test_anthropics_stream_of_thinking_text_and_calls() -> None:
     deltas = read(ANTHROPIC, THINKING_AND_CALLS)
     usage = Usage(12, 30, 2000, 300, {"5m": 100, "1h": 200}, details={"reasoning": 9})
     assert said(deltas) == [
-        Begin("claude-x", Usage(12, 0, 2000, 300, {"5m": 100, "1h": 200})),
+        Begin("claude-x", Usage(12, 0, 2000, 300, {"5m": 100, "1h": 200}), answer_id="msg_1"),
         ThinkingDelta(0, "Which\u2028city?"),
         ThinkingDelta(0, "", "EqQB"),
         TextDelta(0, "Let me look."),

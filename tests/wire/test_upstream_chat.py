@@ -49,7 +49,7 @@ from anaphora.wire.upstream import UNKNOWN_USAGE
 def test_chats_usage_is_told_at_the_end() -> None:
     details = {"reasoning": 8, "audio_input": 3, "image_input": 4}
     assert said(read(CHAT, TALK)) == [
-        Begin("gpt-x", Usage()),
+        Begin("gpt-x", Usage(), answer_id="chatcmpl-1"),
         TextDelta(0, "Hel"),
         TextDelta(0, "lo"),
         Finish(0, "end_turn"),

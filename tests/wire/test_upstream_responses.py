@@ -46,7 +46,7 @@ def test_a_stream_of_responses() -> None:
     body = responses_stream()
     deltas = read(RESPONSES, body)
     assert said(deltas) == [
-        Begin("gpt-x", Usage()),
+        Begin("gpt-x", Usage(), answer_id="resp_1"),
         ThinkingDelta(0, "Fir"),
         ThinkingDelta(0, "st."),
         ThinkingDelta(0, "\n\nSecond."),

@@ -18,7 +18,8 @@ EXAMPLES = """\
   anaphora explain msg_3f1c0a5d8e9b47c2a1d0e6f7
   anaphora explain req_3f1c0a5d8e9b47c2a1d0e6f7 --url http://127.0.0.1:9000 --json
 
-An id is that of the answer (msg_..., chatcmpl-..., resp_...), or of the header `request-id` or `x-request-id`.
+An id is that of the answer (msg_..., chatcmpl-..., resp_...; the upstream's own does, too), or of the header
+`request-id` or `x-request-id`.
 What the explanations mean: docs/prompt-caching.md.
 """
 
@@ -79,6 +80,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield from _miss(caching["miss"])
     for upstream in found["upstreams"]:
         yield f"    asked   {_asked(upstream)}"
+    if found["upstream_answer_id"]:
+        yield f"    known   there as {found['upstream_answer_id']}"
     if found["optimiser"] is not None:
         yield from _advice(found["optimiser"])
 

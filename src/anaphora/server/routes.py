@@ -158,12 +158,12 @@ class Answers(Endpoint):
                 burst = await answer.burst()
         except ServiceError as error:
             trail.failed(error.message)
-            await call.sender.last(writer.fail(error))
+            await call.sender.last(events.fail(error))
             return
         except Exception:  # the status is out; the stream can still say that it failed
             log.exception("a stream failed unexpectedly (req_%s)", call.ids.id)
             trail.failed(_BUG)
-            await call.sender.last(writer.fail(BackendFailed(_BUG)))
+            await call.sender.last(events.fail(BackendFailed(_BUG)))
             return
         if burst:  # else the client is gone
             trail.over("finished")
@@ -200,13 +200,20 @@ class _Events:
         self._dialect = dialect
         self._writer = writer
         self._passes_on = False
+        self._passed: list[bytes] = []
+        """The latest events that were passed on; whatever comments came since as well."""
 
     def of(self, burst: list[Delta]) -> bytes:
         own = [delta.data for delta in burst if isinstance(delta, Raw) and delta.dialect == self._dialect]
         self._passes_on = self._passes_on or bool(own)  # what a `Raw` means may come in a later burst than itself
         if self._passes_on:
+            if own:
+                self._passed = self._passed + own if own[0][:1] == b":" else own
             return b"".join(own)
         return b"".join(self._writer.feed(delta) for delta in burst if not isinstance(delta, Raw))
+
+    def fail(self, error: ServiceError) -> bytes:
+        return self._writer.fail(error, b"".join(self._passed))
 
 
 def _passed_on(deltas: Iterable[Delta]) -> RawHeaders:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Annotated, Any
 
@@ -12,7 +11,6 @@ from anaphora.errors import InvalidRequest, NotFound
 from anaphora.server.endpoint import Call, Endpoint
 from anaphora.server.routes import read_query
 
-_ID = re.compile(r"[0-9a-f]{24}")
 MAX_PAIRS = 10_000
 
 
@@ -31,8 +29,7 @@ class Feedback(Endpoint):
             said = msgspec.json.decode(await call.body(), type=_Feedback)
         except msgspec.MsgspecError as error:
             raise InvalidRequest(f"The body is wrong: {error}.") from error
-        found = _ID.search(said.id)
-        request_id = f"req_{found[0]}" if found else said.id
+        request_id = self.api.explanations.request_id(call.tenant, said.id)
         if not await level.audits.feedback(call.tenant, request_id, right=said.correct):
             raise NotFound(f"No answer in other words was given to '{said.id}', or it is too long ago.", code="not_semantic")
         await call.json(b'{"recorded":true}')

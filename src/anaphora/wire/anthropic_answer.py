@@ -129,7 +129,7 @@ class MessageWriter:
             return self._stop()
         return self._end(delta)
 
-    def fail(self, error: ServiceError) -> bytes:
+    def fail(self, error: ServiceError, passed: bytes = b"") -> bytes:
         return sse.event(b"error", encode(error_body(error)))
 
     def _start(self, kind: str, block: Json) -> bytes:

@@ -103,8 +103,9 @@ class StreamWriter(Protocol):
         """The events that `delta` causes; possibly none."""
         ...
 
-    def fail(self, error: ServiceError) -> bytes:
-        """The dialect's error event; the clean terminator is never sent after it."""
+    def fail(self, error: ServiceError, passed: bytes = b"") -> bytes:
+        """The dialect's error event; the clean terminator is never sent after it. `passed`: where an upstream's own events
+        were sent in the place of what `feed` gives, the last of them."""
         ...
 
 

@@ -341,7 +341,7 @@ class _Writer:
             return sse.DONE
         return self._head + b'],"usage":%b}\n\n' % encode(chat_usage(delta.usage, self._rendering)) + sse.DONE
 
-    def fail(self, error: ServiceError) -> bytes:
+    def fail(self, error: ServiceError, passed: bytes = b"") -> bytes:
         return sse.data(encode({"error": error_object(error)}))
 
     def _call(self, delta: ToolUseDelta) -> Json:

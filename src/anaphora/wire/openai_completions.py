@@ -174,7 +174,7 @@ class _Writer:
         # Begin has nothing to say here; tools and thinking have no place in this dialect.
         return b""
 
-    def fail(self, error: ServiceError) -> bytes:
+    def fail(self, error: ServiceError, passed: bytes = b"") -> bytes:
         return sse.data(encode({"error": error_object(error)}))
 
     def _text(self, delta: TextDelta) -> bytes:

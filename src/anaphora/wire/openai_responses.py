@@ -8,7 +8,10 @@ penalties and `cache_salt`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+
+import msgspec
 
 from anaphora.errors import ServiceError
 from anaphora.prompt import Diagnosis
@@ -467,7 +470,8 @@ class _Writer:
             return self._close("incomplete" if delta.reason in _INCOMPLETE else "completed")
         return self._end(delta)
 
-    def fail(self, error: ServiceError) -> bytes:
+    def fail(self, error: ServiceError, passed: bytes = b"") -> bytes:
+        self._sequence = max([self._sequence, *(number + 1 for number in _numbers(passed))])
         fields = error_object(error)
         event = self._event("error", code=fields["code"] or fields["type"], message=error.message, param=error.param)
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
@@ -564,3 +568,19 @@ class _Writer:
     def _end(self, delta: End) -> bytes:
         response = _finished(self._rendering, self._ids, self._output, self._reason, delta.usage)
         return self._event(f"response.{response['status']}", response=response)
+
+
+class _Numbered(msgspec.Struct, frozen=True):
+    sequence_number: int
+
+
+_decode_numbered = msgspec.json.Decoder(_Numbered).decode
+
+
+def _numbers(stream: bytes) -> Iterator[int]:
+    """Of those of its events that have one."""
+    for event in sse.Splitter().feed(stream):
+        try:
+            yield _decode_numbered(event.data or b"").sequence_number
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            continue

@@ -146,7 +146,8 @@ class MessageReader(EventReader):
             raise malformed("a second message_start")
         self._begun = True
         self._counted(message.get("usage"))
-        return Begin(text_of(message.get("model")), before_answer(read_usage(self._usage)))
+        usage = before_answer(read_usage(self._usage))
+        return Begin(text_of(message.get("model")), usage, answer_id=text_of(message.get("id")))
 
     def _counted(self, usage: object) -> None:
         """Later counts are of the whole answer so far: they take the place of earlier ones."""
@@ -211,7 +212,8 @@ def read_message(data: bytes) -> list[Delta]:
         raise malformed("a message without content")
     answer = _Answer()
     usage = read_usage(message.get("usage"))
-    deltas: list[Delta] = [Raw(_DIALECT, data), Begin(text_of(message.get("model")), before_answer(usage))]
+    begin = Begin(text_of(message.get("model")), before_answer(usage), answer_id=text_of(message.get("id")))
+    deltas: list[Delta] = [Raw(_DIALECT, data), begin]
     for block in objects_of(content):
         kind = answer.begins(block)
         if kind == "text":

@@ -206,7 +206,7 @@ class ChatReader(EventReader):
             self.faithful = False
         if not self._begun and (choices or usage):
             self._begun = True
-            yield Begin(text_of(chunk.get("model")) or self._model, Usage())
+            yield Begin(text_of(chunk.get("model")) or self._model, Usage(), answer_id=text_of(chunk.get("id")))
         for choice in choices:
             index = choice.get("index") or 0
             if not isinstance(index, int):
@@ -248,7 +248,7 @@ def read_completion(data: bytes) -> list[Delta]:
     faithful = all(choice.faithful for choice in choices.values()) and not body.get("moderation")
     return [
         Raw(ChatReader.dialect, data),
-        Begin(text_of(body.get("model")), before_answer(usage)),
+        Begin(text_of(body.get("model")), before_answer(usage), answer_id=text_of(body.get("id"))),
         *said,
         End(usage, faithful=faithful),
     ]

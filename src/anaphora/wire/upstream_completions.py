@@ -72,7 +72,7 @@ class UpstreamCompletions:
         check_choices(choices)
         usage = read_usage(body.get("usage"))
         faithful = all(choice.faithful for choice in choices.values())
-        begin = Begin(text_of(body.get("model")), before_answer(usage))
+        begin = Begin(text_of(body.get("model")), before_answer(usage), answer_id=text_of(body.get("id")))
         return [Raw(_DIALECT, data), begin, *said, End(usage, faithful=faithful)]
 
     def read_error(self, status: int, data: bytes) -> UpstreamError:

@@ -190,7 +190,7 @@ class ResponseReader(EventReader):
             if not kind.startswith("response."):
                 raise malformed(f"{kind!r} at its beginning")
             self._begun = True
-            yield Begin(text_of(response.get("model")), Usage())
+            yield Begin(text_of(response.get("model")), Usage(), answer_id=text_of(response.get("id")))
         place = str(fields.get("output_index"))
         if kind in ("response.completed", "response.incomplete"):
             yield from self._end(response)
@@ -258,7 +258,7 @@ def read_response(data: bytes) -> list[Delta]:
         said += output.item(item, str(place), frozenset())
     said += output.finish(response)
     usage = read_usage(response.get("usage"))
-    begin = Begin(text_of(response.get("model")), before_answer(usage))
+    begin = Begin(text_of(response.get("model")), before_answer(usage), answer_id=text_of(response.get("id")))
     return [Raw(_DIALECT, data), begin, *said, End(usage, faithful=output.faithful)]
 
 
