@@ -1,10 +1,12 @@
 # Every target does its own set-up first; the second time that costs nothing.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test check bench clean
+.PHONY: help setup serve demo test check bench coverage clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+# Tests of one file stay in one process: they share servers and models. -n 0 runs all in this one.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 # Further arguments, as in: make serve ARGS="--port 9000"
 ARGS ?=
 # A Python of your own choice, as in: make setup PYTHON=/opt/python3.12/bin/python3
@@ -23,18 +25,21 @@ demo: $(STAMP) ## a long conversation, cold and warm, and again after a restart
 	@exec $(BIN)/anaphora demo $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="tests/test_config.py -x")
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(STAMP) ## measure what prefix reuse saves here
 	@exec $(BIN)/anaphora bench prefix $(ARGS)
 
-check: $(STAMP) ## format, lint, types, import contracts, tests with coverage: what CI runs
+check: $(STAMP) ## format, lint, types, import contracts, tests: what CI runs
 	@echo "== format" && $(BIN)/ruff format --check .
 	@echo "== lint" && $(BIN)/ruff check .
 	@echo "== types" && $(BIN)/mypy
 	@echo "== import contracts" && $(BIN)/lint-imports
-	@echo "== tests with coverage" && $(BIN)/coverage run -m pytest && $(BIN)/coverage report
+	@echo "== tests" && $(BIN)/python -m pytest $(PARALLEL)
 	@echo "== all checks passed"
+
+coverage: $(STAMP) ## the tests once more, one after the other: which lines they ran
+	@$(BIN)/coverage run -m pytest $(ARGS) && $(BIN)/coverage report
 
 clean: ## remove caches and build products (.venv stays)
 	rm -rf build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
