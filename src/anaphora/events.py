@@ -179,7 +179,8 @@ class Answered(msgspec.Struct, frozen=True):
 
     tenant: Tenant
     model: str
-    source: Literal["hit", "miss", "collapsed", "bypass"]
+    source: Literal["hit", "miss", "collapsed", "bypass", "passed"]
+    """"passed": not understood here, only passed on to an upstream and back."""
     outcome: Literal["finished", "failed", "left"]
     usage: Usage
     """Zeros unless finished."""
@@ -204,7 +205,8 @@ class Answered(msgspec.Struct, frozen=True):
     billed: Usage | None = None
     """Tokens by the rules of the model's provider, where those are kept here. Zeros unless finished."""
     begun: Usage | None = None
-    """Of what failed or was left: the tokens of what had been computed by then, its output estimated. None: nothing had."""
+    """Of what failed or was left: the tokens of what had been computed by then, its output estimated. None: nothing had.
+    Zeros of what was passed on: nobody knows how many."""
     request_id: str = ""
     workspace: str = ""
     tag: str = ""

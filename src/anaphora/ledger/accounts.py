@@ -82,6 +82,10 @@ class Ledger:
             self._add(event.tenant, num_requests=1, num_failed=outcome == "failed", num_left=outcome == "left")
             return
         source, usage = event.source, event.usage
+        if source == "passed":
+            tokens = {"computed_input_tokens": usage.prompt_tokens, "computed_output_tokens": usage.output_tokens}
+            self._add(event.tenant, num_requests=1, num_computed=1, computed_s=event.elapsed_s, **tokens)
+            return
         if source not in ("hit", "collapsed"):
             known = 0 if event.known is None else event.known.prompt_tokens
             self._add(event.tenant, num_requests=1, saved_input_tokens=known, saved_s=event.saved_s if known else 0.0)

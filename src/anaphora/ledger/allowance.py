@@ -66,9 +66,10 @@ class Allowance:
         self._clock = clock
         self._reserved: dict[str, Reservation] = {}
 
-    def admit(self, tenant: str) -> None:
-        """Count one request. Raises LimitReached instead where none is left."""
-        self._take(tenant, Used(requests=1), _REQUESTS)
+    def admit(self, tenant: str, *, costs: bool = False) -> None:
+        """Count one request. Raises LimitReached instead where none is left; of one that `costs` what nobody can estimate, also
+        where nothing is left of tokens or money."""
+        self._take(tenant, Used(requests=1), _REQUESTS + _AMOUNTS if costs else _REQUESTS)
 
     def reserve(self, request: Request, request_id: str) -> None:
         """What computing an answer may take. Raises LimitReached, and takes the request itself back, where nothing is left."""

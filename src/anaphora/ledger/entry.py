@@ -49,9 +49,9 @@ class Entry(msgspec.Struct, array_like=True):
     upstream: str
     level: str
     """Who answered: a level of memory (`exact`, `embedding`), `collapsed` (another request's computation), `computed`,
-    `bypass`; `audit`: computed to see whether a remembered answer to the same question in other words would have been right.
-    `refresh`: nobody was answered, but an answer past its lifetime, which somebody was given, was computed anew. It is no
-    request."""
+    `bypass`, `passed` (not understood here, only passed on); `audit`: computed to see whether a remembered answer to the same
+    question in other words would have been right. `refresh`: nobody was answered, but an answer past its lifetime, which
+    somebody was given, was computed anew. It is no request."""
     outcome: Literal["finished", "failed", "left"]
     input: int = 0
     """Tokens of the prompt at the plain price; those read and written are counted apart."""
@@ -127,7 +127,8 @@ def entry(event: Answered, at_s: float, pricing: Pricing, computed: Usage | None
     charge(made, usage, pricing)
     if event.known is not None and event.outcome == "finished":
         _save(made, event.known, pricing)
-    if event.upstream and event.outcome == "finished" and not usage.prompt_tokens:
+    unsaid = event.source == "passed" and event.begun is not None  # broken off before its end
+    if unsaid or (event.upstream and event.outcome == "finished" and not usage.prompt_tokens):
         made.priced = 0  # the upstream did not say what it took: not that it took nothing
     return made
 

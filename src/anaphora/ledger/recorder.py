@@ -145,7 +145,10 @@ class Recorder:
         if leads and event.outcome != "finished" and computed is None and event.request_id:
             _remember(self._left, event.request_id, made)
         if self._settles is not None:
-            self._settles.settle(event.request_id, made.tokens, made.paid)
+            if event.source == "passed":  # nothing was reserved: how much it would take could not be told
+                self._settles.spend(event.tenant, made.tokens, made.paid)
+            else:
+                self._settles.settle(event.request_id, made.tokens, made.paid)
         if self._notes is not None:
             self._notes.record(made)
         if len(self._waiting) < MAX_WAITING:

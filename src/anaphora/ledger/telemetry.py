@@ -28,7 +28,7 @@ Attributes = dict[str, str | int | float]
 _NAME = "anaphora"
 _TOKEN_BOUNDS = [4**power for power in range(14)]
 _SECOND_BOUNDS = [0.01 * 2**power for power in range(14)]
-_COMPUTED = ("computed", "bypass")
+_COMPUTED = ("computed", "bypass", "passed")
 
 
 def from_environment() -> Telemetry:

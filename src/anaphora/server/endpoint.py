@@ -14,6 +14,7 @@ from starlette.types import Scope as Connection
 
 from anaphora.clock import Clock
 from anaphora.errors import BackendFailed, InvalidRequest, NotCached, ServiceError, TooLarge, UpstreamFailed
+from anaphora.events import Emit, ignore
 from anaphora.explain import Explanations
 from anaphora.gateway import Gateway
 from anaphora.ledger.accounts import Ledger
@@ -48,6 +49,8 @@ class Api(msgspec.Struct):
     explanations: Explanations
     books: Books | None = None
     """The lasting ledger. None: there is none."""
+    emit: Emit = ignore
+    """Told what the gateway does not see: what is only passed on."""
 
 
 class Endpoint:

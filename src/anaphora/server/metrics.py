@@ -196,6 +196,8 @@ class Metrics:
     def _answered(self, event: Answered) -> None:
         model = event.model
         self.requests.add(1, model, event.source, event.outcome)
+        if event.source == "passed":
+            return
         if event.first_s is not None:
             self.first.observe((event.first_s,), model, ENGINE)
         if event.gaps_s:

@@ -155,7 +155,7 @@ async def answer(
     # Clients who bring keys of their own, for upstreams that have none of ours, are strangers to each other.
     strangers = any(not upstream_key(upstream) for upstream in config.gateway.upstreams)
     keyring = Keyring(keys, any_key=config.engine.kind == "echo" or strangers)
-    app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body, explanations, books))
+    app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body, explanations, books, emit))
     settings = uvicorn.Config(
         app,
         http="httptools",
