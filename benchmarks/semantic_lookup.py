@@ -29,6 +29,7 @@ from anaphora.backends.encoders.static import Static
 from anaphora.clock import SystemClock
 from anaphora.levels.semantic.comparing import compare, digest_of
 from anaphora.levels.semantic.entries import Entries
+from anaphora.levels.semantic.forms import form_of
 from anaphora.levels.semantic.texts import prepare
 from anaphora.levels.semantic.verifier import shipped
 from anaphora.types import Key, Tenant
@@ -86,11 +87,13 @@ async def run(num_entries: int, num_questions: int) -> dict[str, object]:
         )
         began_s = time.process_time()
         for number, (text, vector) in enumerate(zip(stored, places, strict=True)):
+            prepared = prepare(text)
             entries.add(
                 space=SPACE,
-                digest=digest_of(prepare(text)),
+                digest=digest_of(prepared),
                 key=Key(number.to_bytes(32, "big")),
                 text=text,
+                form=form_of(prepared),
                 vector=vector,
                 tenant=Tenant("a"),
                 model="m",

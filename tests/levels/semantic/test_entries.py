@@ -614,6 +614,32 @@ def test_a_file_of_a_later_version_is_put_aside(tmp_path: Path) -> None:
     assert reopened(tmp_path) == set()
 
 
+def test_what_was_computed_of_a_text_is_there_after_a_restart(tmp_path: Path) -> None:
+    async def body() -> None:
+        entries = opened(tmp_path)
+        add(entries, "a", form=b"computed")
+        await entries.aclose()
+        again = opened(tmp_path)
+        await again.flush()
+        found = again.same(SPACE, digest_of("a"))
+        assert found is not None
+        assert found.form == b"computed"
+        await again.aclose()
+
+    run(body())
+
+
+def test_a_file_of_the_first_format_goes_on_without_what_was_computed_of_its_texts(tmp_path: Path) -> None:
+    filled(tmp_path, "ab")
+    with sqlite3.connect(tmp_path / "semantic.db") as connection:
+        connection.execute("ALTER TABLE entries DROP COLUMN form")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    assert reopened(tmp_path) == {"a", "b"}
+    filled(tmp_path, "c")
+    assert reopened(tmp_path) == {"a", "b", "c"}
+
+
 def test_nobody_else_may_read_the_files(tmp_path: Path) -> None:
     filled(tmp_path, "abc")
     assert {path.name: path.stat().st_mode & 0o077 for path in tmp_path.iterdir()} == {

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anaphora.keys import digest
+from anaphora.levels.semantic.forms import recalled
 from anaphora.levels.semantic.guards import refusal
 from anaphora.levels.semantic.records import Entry
-from anaphora.levels.semantic.texts import Prepared, prepare
+from anaphora.levels.semantic.texts import Prepared
 
 NUM_NEIGHBOURS = 4
 MIN_SIMILARITY = 0.5
@@ -103,7 +104,7 @@ async def compare(
 
 
 def _judged(prepared: Prepared, entry: Entry, similarity: float, verifier: Verifies, *, refuted: bool) -> Compared:
-    other = prepare(entry.text)
+    other = recalled(entry.text, entry.form)
     guard = refusal(prepared, other)
     if guard is not None:
         return Compared("guards", f"they differ in: {guard}", entry, similarity)

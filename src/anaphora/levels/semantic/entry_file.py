@@ -30,6 +30,7 @@ from anaphora import vectors
 from anaphora.errors import AnaphoraError
 from anaphora.levels.semantic.entry_rows import (
     FORMAT,
+    FROM_1,
     SCHEMA,
     Changes,
     News,
@@ -55,6 +56,8 @@ log = logging.getLogger(__name__)
 BUSY_S = 5.0
 """How long to wait for another process's write."""
 _IDS_PER_QUERY = 500
+_MAKING = {0: SCHEMA, 1: FROM_1}
+"""What makes a file of this format of a new one, and of an earlier one."""
 
 T = TypeVar("T")
 
@@ -231,7 +234,7 @@ class EntryFile:
                 self._make(db)
             else:
                 db.execute("PRAGMA query_only = ON")
-            if integer(db, "PRAGMA user_version") != FORMAT:
+            if not 0 < integer(db, "PRAGMA user_version") <= FORMAT:
                 raise Unreadable(f"not of format {FORMAT}")
             self._inode = _inode(self.path)
         except BaseException:
@@ -243,9 +246,8 @@ class EntryFile:
 
     def _make(self, db: sqlite3.Connection) -> None:
         with self._transaction(db):
-            if not integer(db, "PRAGMA user_version"):
-                for statement in filter(None, map(str.strip, SCHEMA.split(";\n"))):
-                    db.execute(statement)
+            for statement in filter(None, map(str.strip, _MAKING.get(integer(db, "PRAGMA user_version"), "").split(";\n"))):
+                db.execute(statement)
             if self._encoder and db.execute("SELECT encoder FROM meta").fetchone() != (self._encoder,):
                 db.execute("DELETE FROM entries")  # their vectors are of another encoder
                 db.execute("UPDATE meta SET encoder = ?", (self._encoder,))

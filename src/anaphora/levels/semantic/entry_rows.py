@@ -13,8 +13,9 @@ import msgspec
 from anaphora.levels.semantic.records import Decision, Entry, Labelled
 from anaphora.types import Key, Scope, Tenant
 
-FORMAT = 1
-"""SQLite's `user_version`. A file of a later format is put aside like a damaged one."""
+FORMAT = 2
+"""SQLite's `user_version`. A file of a later format is put aside like a damaged one; one of an earlier format becomes one of
+this."""
 MAX_REMOVALS = 100_000
 """Numbers that are kept of what was removed. Whoever has fallen behind further reads everything again."""
 DECISIONS_PER_TENANT = 10_000
@@ -27,7 +28,8 @@ CREATE TABLE meta (
 CREATE TABLE entries (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id INTEGER NOT NULL UNIQUE, space BLOB NOT NULL, digest BLOB NOT NULL,
     key BLOB NOT NULL, text TEXT NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, tags TEXT NOT NULL,
-    stored_at REAL NOT NULL, expires_at REAL, used_at REAL NOT NULL, vector BLOB NOT NULL, UNIQUE (space, digest)
+    stored_at REAL NOT NULL, expires_at REAL, used_at REAL NOT NULL, vector BLOB NOT NULL,
+    form BLOB NOT NULL DEFAULT x'', UNIQUE (space, digest)
 );
 CREATE INDEX entries_by_use ON entries (used_at);
 CREATE INDEX entries_by_owner ON entries (tenant, model);
@@ -50,7 +52,11 @@ CREATE TRIGGER entry_goes AFTER DELETE ON entries
 INSERT INTO meta VALUES (0, randomblob(16), '', 0);
 PRAGMA user_version = {FORMAT};
 """
-_ENTRY = "id, space, digest, key, text, tenant, model, tags, stored_at, expires_at"
+FROM_1 = """
+ALTER TABLE entries ADD COLUMN form BLOB NOT NULL DEFAULT x'';
+PRAGMA user_version = 2
+"""
+_ENTRY = "id, space, digest, key, text, tenant, model, tags, form, stored_at, expires_at"
 _encode = msgspec.msgpack.encode
 
 T = TypeVar("T")
@@ -112,7 +118,7 @@ def add(db: sqlite3.Connection, added: Sequence[Addition], epoch: int) -> list[i
             continue
         db.execute("DELETE FROM entries WHERE space = ? AND digest = ?", (entry.space, entry.digest))
         db.execute(
-            f"INSERT INTO entries ({_ENTRY}, used_at, vector) VALUES ({marks(range(12))})",
+            f"INSERT INTO entries ({_ENTRY}, used_at, vector) VALUES ({marks(range(13))})",
             (
                 entry.id,
                 entry.space,
@@ -122,6 +128,7 @@ def add(db: sqlite3.Connection, added: Sequence[Addition], epoch: int) -> list[i
                 entry.tenant,
                 entry.model,
                 _tags(entry.tags),
+                entry.form,
                 entry.stored_at_s,
                 entry.expires_at_s,
                 entry.stored_at_s,
@@ -198,13 +205,14 @@ def decoded(rows: Iterable[tuple[bytes]], kind: type[T]) -> list[T]:
 
 
 def _entry(row: Sequence[Any]) -> Entry:
-    identity, space, digest, key, text, tenant, model, tags, stored_at_s, expires_at_s = row[:-1]
+    identity, space, digest, key, text, tenant, model, tags, form, stored_at_s, expires_at_s = row[:-1]
     return Entry(
         id=identity,
         space=space,
         digest=digest,
         key=Key(key),
         text=text,
+        form=form,
         tenant=Tenant(sys.intern(tenant)),  # few names, many entries
         model=sys.intern(model),
         tags=tuple(msgspec.json.decode(tags)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,17 +18,9 @@ class Facts(msgspec.Struct, frozen=True):
     """Values of marked words and phrases by their group, each as often as it comes."""
     turning: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Words that have opposites, as written in the lexicon or by stem, with the pairs they belong to."""
-    words: frozenset[str] = frozenset()
-    """Single words that carry content: in lower case, and their stems."""
     numbers: tuple[Number, ...] = ()
     names: frozenset[str] = frozenset()
     """What is written with a capital where words are not, and what has letters and digits. By stem."""
-    known: frozenset[str] = frozenset()
-    """All words in lower case, and all stems."""
-    codes: tuple[str, ...] = ()
-    """Pieces of code, addresses, names of files; sorted."""
-    owners: frozenset[str] = frozenset()
-    """Whose: John's."""
     roles: Mapping[str, str] = {}
     """Of words that come once: the preposition they stand after, or nothing."""
     governed: frozenset[str] = frozenset()
@@ -38,11 +31,28 @@ class Facts(msgspec.Struct, frozen=True):
     """Who does it, where the sentence is passive."""
     question: str = ""
     """The question word that opens it: who, when, many."""
+    known: frozenset[str] = frozenset()
+    """All words in lower case, and all stems."""
+    words: frozenset[str] = frozenset()
+    """Single words that carry content: in lower case, and their stems."""
+    codes: tuple[str, ...] = ()
+    """Pieces of code, addresses, names of files; sorted."""
+    owners: frozenset[str] = frozenset()
+    """Whose: John's."""
+
+
+class Wording(NamedTuple):
+    """Those of the facts that are told at once of the tokens."""
+
+    known: frozenset[str]
+    words: frozenset[str]
+    codes: tuple[str, ...]
+    owners: frozenset[str]
 
 
 def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
-    known = frozenset(part for token in tokens for part in (token.low, token.stem))
-    found = list(_marked(tokens, known, words))
+    wording = wording_of(tokens)
+    found = list(_marked(tokens, wording.known, words))
     marks: dict[str, tuple[str, ...]] = {}
     turning = []
     for places, key, own in found:
@@ -55,7 +65,7 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
         opposites = tuple(value for group, value in own if group == "opposite")
         if opposites and all(group != "negation" for group, _ in own):
             turning.append((key, opposites))
-    roles, order, agents = _roles(tokens, words)
+    roles, agents = _roles(tokens, words)
     governed = frozenset(
         token.stem
         for before, token in pairwise(token for token in tokens if token.content or token.low in words.prepositions)
@@ -64,18 +74,33 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
     return Facts(
         marks=marks,
         turning=tuple(turning),
-        words=frozenset(part for token in tokens if token.content and token.kind == "word" for part in (token.low, token.stem)),
         numbers=numbers_of(tokens, words),
         names=_names(tokens, words, found),
-        known=known,
-        codes=tuple(sorted(token.text for token in tokens if token.kind == "code")),
-        owners=frozenset(token.stem for token in tokens if token.text.endswith("'s") and token.text[:1].isupper()),
         roles=roles,
         governed=governed,
-        order=order,
+        order=order_of(roles),
         agents=agents,
         question=_question(tokens, found),
+        **wording._asdict(),
     )
+
+
+def wording_of(tokens: Sequence[Token]) -> Wording:
+    words: list[Token] = [token for token in tokens if token.content and token.kind == "word"]
+    known = [token.low for token in tokens]
+    known += [token.stem for token in tokens]
+    carrying = [token.low for token in words]
+    carrying += [token.stem for token in words]
+    return Wording(
+        frozenset(known),
+        frozenset(carrying),
+        tuple(sorted([token.text for token in tokens if token.kind == "code"])),
+        frozenset([token.stem for token in tokens if token.text.endswith("'s") and token.text[:1].isupper()]),
+    )
+
+
+def order_of(roles: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple([stem for stem, role in roles.items() if not role])
 
 
 def _asked(tokens: Sequence[Token], place: int, words: Lexicon) -> bool:
@@ -168,9 +193,10 @@ def _is_capital(token: Token, words: Lexicon) -> bool:
 _SAME_ROLE = {"со": "с", "во": "в", "ко": "к", "обо": "о", "об": "о", "изо": "из", "del": "de", "al": "a", "vs": "versus"}
 
 
-def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], tuple[str, ...], frozenset[str]]:
+def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], frozenset[str]]:
+    """In the order of the words."""
     roles: dict[str, str] = {}
-    order, twice = [], set()
+    twice = set()
     role = ""
     for token in tokens:
         if token.low in words.prepositions:
@@ -181,8 +207,6 @@ def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], tup
             if token.stem in roles:
                 twice.add(token.stem)
             roles[token.stem] = role
-            if not role:
-                order.append(token.stem)
         if token.after:
             role = ""
     for stem in twice:
@@ -190,7 +214,7 @@ def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], tup
     agents: frozenset[str] = frozenset()
     if any(token.low in words.passive for token in tokens):
         agents = frozenset(stem for stem, role in roles.items() if role == words.agent)
-    return roles, tuple(stem for stem in order if stem in roles), agents
+    return roles, agents
 
 
 def _question(tokens: Sequence[Token], found: Sequence[_Found]) -> str:

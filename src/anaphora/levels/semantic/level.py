@@ -40,6 +40,7 @@ from anaphora.levels.semantic import comparing, judging
 from anaphora.levels.semantic.audits import JUDGE_S, Audits, Embed, Trial, in_words, keep
 from anaphora.levels.semantic.comparing import Vector, Verifies, digest_of
 from anaphora.levels.semantic.entries import Entries
+from anaphora.levels.semantic.forms import form_of
 from anaphora.levels.semantic.pools import Pools
 from anaphora.levels.semantic.records import Decision, Entry
 from anaphora.levels.semantic.risk import Audit, Policy, Rung, Serve
@@ -335,12 +336,13 @@ class SemanticLevel:
             await self._remember(looked, there, tags, mark)
 
     async def _remember(self, looked: _Looked, place: Asked, tags: tuple[str, ...], mark: Mark) -> None:
-        request = looked.question.request
+        request, prepared = looked.question.request, prepare(place.text)
         self._entries.add(
             space=place.space,
-            digest=digest_of(prepare(place.text)),
+            digest=digest_of(prepared),
             key=looked.question.key,
             text=place.text,
+            form=form_of(prepared),
             vector=await self._vector(looked, LEARN_S),
             tenant=request.tenant,
             model=request.model,

@@ -11,7 +11,7 @@ from anaphora.levels.semantic.lexicon import Lexicon, units
 from anaphora.levels.semantic.tokens import Token
 
 
-class Number(msgspec.Struct, frozen=True):
+class Number(msgspec.Struct, frozen=True, gc=False, array_like=True):
     value: str
     """In one way of writing."""
     unit: str

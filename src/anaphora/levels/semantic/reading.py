@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
-from typing import Final
+from itertools import pairwise
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from anaphora.levels.semantic.texts import Prepared, prepare
-from anaphora.levels.semantic.tokens import Token
+from anaphora.levels.semantic.texts import Prepared
+from anaphora.levels.semantic.tokens import Kind, Token
 from anaphora.levels.semantic.words import UNKNOWN, words
 
 
@@ -83,7 +84,7 @@ class Reading:
     """What the features are made of."""
 
     __slots__ = (
-        "bigrams", "content", "counts", "frame", "kind", "language", "lemmas", "low", "modals", "names", "negations",
+        "bigrams", "content", "counts", "frame", "kind", "language", "low", "modals", "names", "negations",
         "num_tokens", "numbers", "objects", "particles", "persons", "quantifiers", "sense", "sequence", "size",
         "stems", "trigrams", "unknown", "vectors", "weights", "written",
     )  # fmt: skip
@@ -96,47 +97,63 @@ class Reading:
         self.num_tokens = len(tokens)
         counted = Counter(self.written)
         self.counts = counted
-        self.negations = sum(number for word, number in counted.items() if word in NEGATIONS)
-        self.particles = frozenset(counted.keys() & PARTICLES)
-        self.quantifiers = frozenset(counted.keys() & QUANTIFIERS)
-        self.modals = frozenset(MODALS[word] for word in counted if word in MODALS)
-        self.persons = frozenset(PERSONS[word] for word in counted if word in PERSONS)
+        listed = counted.keys() & _LISTED
+        self.negations = sum([counted[word] for word in listed & NEGATIONS])
+        self.particles = frozenset(listed & PARTICLES)
+        self.quantifiers = frozenset(listed & QUANTIFIERS)
+        self.modals = frozenset([MODALS[word] for word in listed if word in MODALS])
+        self.persons = frozenset([PERSONS[word] for word in listed if word in PERSONS])
         self.kind = _kind(self.written)
         self.numbers = frozenset(_numbers(tokens))
-        self.names = frozenset(token.low for token in tokens if _is_name(token))
+        self.names = frozenset([token.low for token in tokens if _is_name(token)])
         # A list, not a set: order matters, and a word may come twice.
         self.content = [token for token in tokens if token.content and token.low not in QUANTIFIERS]
         self.low = [token.low for token in self.content]
         self.stems = [token.stem for token in self.content]
-        found = [lexicon.find(token.low) for token in self.content]
-        self.lemmas = [lexicon.lemma(number) for number in found]
-        # Two forms of one word are one; what the lexicon does not know is told apart by its stem.
-        self.sequence: list[int | str] = [
-            lemma if lemma != UNKNOWN else stem for lemma, stem in zip(self.lemmas, self.stems, strict=True)
-        ]
-        self.frame = [token.low in FRAME for token in self.content]
-        self.unknown = [lemma == UNKNOWN for lemma in self.lemmas]
-        self.weights = [
-            0.15 if frame else (1.0 if token.kind == "number" else lexicon.weight(number))
-            for token, number, frame in zip(self.content, self.lemmas, self.frame, strict=True)
-        ]
+        known = [_known(token.low, token.stem, token.kind) for token in self.content]
+        self.sequence: list[int | str] = [word.same for word in known]
+        self.frame = [word.frame for word in known]
+        self.unknown = [word.unknown for word in known]
+        self.weights = [word.weight for word in known]
+        found = [word.number for word in known]
         self.vectors: npt.NDArray[np.float32] = lexicon.vectors(found) if found else np.zeros((1, 64), np.float32)
         self.sense = _unit(np.array(self.weights or [0.0], dtype=np.float32) @ self.vectors)
         self.objects = _objects(tokens)
-        self.bigrams = frozenset(zip(self.written, self.written[1:], strict=False))
+        self.bigrams = frozenset(pairwise(self.written))
         joined = " ".join(self.written)
-        self.trigrams = frozenset(map("".join, zip(joined, joined[1:], joined[2:], strict=False)))
+        self.trigrams = frozenset([joined[place : place + 3] for place in range(len(joined) - 2)])
         self.size = len(prepared.text)
 
 
-@lru_cache(maxsize=8192)
-def _read(text: str) -> Reading:
-    return Reading(prepare(text))
+class _Known(NamedTuple):
+    """What is to be known of a word with content, wherever it stands."""
+
+    number: int
+    """In the lexicon."""
+    same: int | str
+    """Two forms of one word are one; what the lexicon does not know is told apart by its stem."""
+    frame: bool
+    unknown: bool
+    weight: float
 
 
+@lru_cache(maxsize=16384)
+def _known(low: str, stem: str, kind: Kind) -> _Known:
+    lexicon = words()
+    number = lexicon.find(low)
+    lemma = lexicon.lemma(number)
+    frame = low in FRAME
+    weight = 0.15 if frame else (1.0 if kind == "number" else lexicon.weight(lemma))
+    return _Known(number, stem if lemma == UNKNOWN else lemma, frame, lemma == UNKNOWN, weight)
+
+
+_LISTED: Final = NEGATIONS | PARTICLES | QUANTIFIERS | MODALS.keys() | PERSONS.keys()
+
+
+@lru_cache(maxsize=1024)
 def read(prepared: Prepared) -> Reading:
-    """Remembered by text."""
-    return _read(prepared.text)
+    """Of the latest texts remembered."""
+    return Reading(prepared)
 
 
 def _unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -38,6 +38,8 @@ class Entry(Owned, frozen=True, kw_only=True, gc=False):
     """Of the text's normal form: equal for texts of the same content."""
     key: Key
     text: str
+    form: bytes = b""
+    """What was computed of the text (`forms`). Empty: nothing is kept of it."""
     stored_at_s: float
     expires_at_s: float | None = None
 

@@ -13,7 +13,7 @@ from anaphora.types import Scope
 from anaphora.vectors import Vectors
 
 ENTRY_BYTES = 700
-"""About what an entry takes beside its vector and its text: 560 to 780 were measured."""
+"""About what an entry takes beside its vector, its text and its form: 560 to 780 were measured."""
 
 
 class Remembered:
@@ -24,7 +24,8 @@ class Remembered:
         self._entries: dict[int, Entry] = {}
         """The least recently useful first."""
         self._places: dict[bytes, int] = {}
-        self._num_chars = 0
+        self._num_written = 0
+        """Characters of texts, bytes of forms."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -35,7 +36,7 @@ class Remembered:
     @property
     def num_bytes(self) -> int:
         """About."""
-        return self.vectors.num_bytes + self._num_chars + len(self._entries) * ENTRY_BYTES
+        return self.vectors.num_bytes + self._num_written + len(self._entries) * ENTRY_BYTES
 
     def ids(self) -> KeysView[int]:
         return self._entries.keys()
@@ -64,7 +65,7 @@ class Remembered:
             self.num_unsaved += 1
         self._places[entry.space + entry.digest] = entry.id
         self._entries[entry.id] = entry
-        self._num_chars += len(entry.text)
+        self._num_written += len(entry.text) + len(entry.form)
 
     def used(self, identity: int) -> bool:
         """Whether it is there."""
@@ -82,7 +83,7 @@ class Remembered:
             spaces.setdefault(entry.space, []).append(entry.id)
             if self._places.get(entry.space + entry.digest) == entry.id:
                 del self._places[entry.space + entry.digest]
-            self._num_chars -= len(entry.text)
+            self._num_written -= len(entry.text) + len(entry.form)
         for space, numbers in spaces.items():
             self.vectors.remove(space, numbers)
         self.num_unsaved += len(gone)

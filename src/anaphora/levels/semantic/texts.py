@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, Literal
 
@@ -17,8 +18,8 @@ LONGEST: Final = 2_000
 """Characters of a text that is taken apart. What is longer is a document more than a question."""
 
 
-class Prepared(msgspec.Struct, frozen=True):
-    """What is computed of a text once, and compared often."""
+class Prepared(msgspec.Struct, frozen=True, eq=False):
+    """What is computed of a text once, and compared often. Equal where the texts are."""
 
     text: str
     language: Language | Literal[""]
@@ -31,8 +32,14 @@ class Prepared(msgspec.Struct, frozen=True):
     facts: Facts
     """What guards compare."""
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prepared) and self.text == other.text
 
-@lru_cache(maxsize=8192)
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@lru_cache(maxsize=1024)
 def prepare(text: str) -> Prepared:
     """About 0.1 ms for a question."""
     normal = normal_form(text)
@@ -40,15 +47,19 @@ def prepare(text: str) -> Prepared:
         return Prepared(text=text, language="", normal=normal, tokens=(), content=(), facts=Facts())
     language = language_of(text)
     words = lexicon(language or "en")
-    tokens = tokenised(_plain(text), words)
+    tokens = tokenised(plainly(text), words)
     return Prepared(
         text=text,
         language=language,
         normal=normal,
         tokens=tokens,
-        content=tuple(token.stem for token in tokens if token.content),
+        content=content_of(tokens),
         facts=facts_of(tokens, words),
     )
+
+
+def content_of(tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple([token.stem for token in tokens if token.content])
 
 
 # Characters ------------------------------------------------------------------------------------------------------------
@@ -74,7 +85,7 @@ _SAME = str.maketrans(
 _CODE_SPANS = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
 
-def _plain(text: str) -> str:
+def plainly(text: str) -> str:
     """One way of writing each character, code between back quotes left as it is."""
     text = unicodedata.normalize("NFC", text)
     if "`" not in text:
@@ -103,7 +114,7 @@ def normal_form(text: str) -> str:
     if len(text) > 10 * LONGEST or _INDENTED.search(text):
         # A document, or code, of which spaces are part.
         return unicodedata.normalize("NFC", text).strip()
-    plain = _plain(text)
+    plain = plainly(text)
     plain = _LINES.sub("\n", _SPACE.sub(" ", plain)).strip() if "\n" in plain else " ".join(plain.split())
     plain = _REPEATED.sub(r"\1", _BEFORE_MARK.sub("", plain))
     if "`" in plain:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
 
 import msgspec
 
 from anaphora.levels.semantic.lexicon import FOLDED, Language, Lexicon, Mark, lexicon
+
+Kind = Literal["word", "number", "code"]
 
 
 class Token(msgspec.Struct, frozen=True, gc=False):
@@ -19,7 +22,7 @@ class Token(msgspec.Struct, frozen=True, gc=False):
     low: str
     """In lower case, contractions taken apart."""
     stem: str
-    kind: Literal["word", "number", "code"]
+    kind: Kind
     content: bool
     """A word with a meaning of its own."""
     opens: bool
@@ -53,10 +56,18 @@ _TOKEN = re.compile(
 )
 
 
+Piece = tuple[Kind, str, bool, str]
+"""As a text is cut: kind, as written, whether it opens a sentence, the punctuation after it."""
+
+
 def tokenised(text: str, words: Lexicon) -> tuple[Token, ...]:
+    return tokens_of(pieces_of(text), words.language)
+
+
+def pieces_of(text: str) -> list[Piece]:
     found = list(_TOKEN.finditer(text))
     ends = [*(match.start() for match in found[1:]), len(text)]
-    tokens: list[Token] = []
+    pieces: list[Piece] = []
     opens = True
     for match, until in zip(found, ends, strict=False):
         between = text[match.end() : until]
@@ -64,13 +75,21 @@ def tokenised(text: str, words: Lexicon) -> tuple[Token, ...]:
         written, kind = match.group(), match.lastgroup or "word"
         if kind == "short" or (kind == "code" and written.lower() in FOLDED):
             kind, written = "word", written.replace(".", "")
-        if kind in ("word", "plain"):
-            tokens += _word(written, opens, after, words.language)
+        pieces.append(("number" if kind == "number" else "code" if kind == "code" else "word", written, opens, after))
+        opens = between != " " and ("\n" in between or any(mark in ".?!:" for mark in after))
+    return pieces
+
+
+def tokens_of(pieces: Iterable[Piece], language: Language) -> tuple[Token, ...]:
+    tokens: list[Token] = []
+    for kind, written, opens, after in pieces:
+        if kind == "word":
+            tokens += _word(written, opens, after, language)
         elif kind == "number":
             tokens.append(Token(written, written.lower(), written.lower(), "number", True, opens, (), after))
         else:
-            tokens.append(Token(written, written, written, "code", True, opens, words.marks(written.lower()), after))
-        opens = between != " " and ("\n" in between or any(mark in ".?!:" for mark in after))
+            marks = lexicon(language).marks(written.lower())
+            tokens.append(Token(written, written, written, "code", True, opens, marks, after))
     return tuple(tokens)
 
 

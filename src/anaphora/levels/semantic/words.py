@@ -34,8 +34,7 @@ class Words:
             words = data["words"].tobytes().decode().split("\n")
             self._index = {word: place for place, word in enumerate(words)}
             self._lemmas: list[int] = data["lemmas"].tolist()
-            # The last row is that of what is unknown.
-            self._vectors = np.concatenate([data["vectors"], np.zeros((1, data["vectors"].shape[1]), np.int8)])
+            vectors: npt.NDArray[np.float32] = data["vectors"].astype(np.float32)
             ranks = data["ranks"].astype(np.float64)
             self._senses, self._sense_ends = data["senses"].tolist(), data["senses_ends"].tolist()
             self._parents, self._parent_ends = data["parents"].tolist(), data["parents_ends"].tolist()
@@ -43,8 +42,9 @@ class Words:
             self._derived = _pairs(data["derived"])
             self._interchangeable = _pairs(data["interchangeable"])
             self._exclusive = _pairs(data["exclusive"])
-        squares = np.square(self._vectors.astype(np.float32)).sum(axis=1, keepdims=True)
-        self._lengths: npt.NDArray[np.float32] = np.sqrt(squares) + np.float32(1e-6)
+        vectors /= np.sqrt(np.square(vectors).sum(axis=1, keepdims=True)) + np.float32(1e-6)
+        # The last row is that of what is unknown.
+        self._vectors = np.concatenate([vectors, np.zeros((1, vectors.shape[1]), np.float32)])
         weights = np.clip(np.log(ranks / 1_000.0), 0.5, 4.0) / 4.0
         self._weights: list[float] = weights.tolist()
         self._meanings = cache(self._meanings_of)
@@ -64,9 +64,7 @@ class Words:
 
     def vectors(self, numbers: list[int]) -> npt.NDArray[np.float32]:
         """One row of length 1 for each; zeros where unknown."""
-        rows: npt.NDArray[np.float32] = self._vectors[numbers].astype(np.float32)
-        rows /= self._lengths[numbers]
-        return rows
+        return self._vectors[numbers]
 
     def relation(self, one: int, other: int) -> Relation:
         """Of two lemmas, or of the words themselves where the lemma has none."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from anaphora.keys import digest
 from anaphora.levels.semantic.comparing import digest_of
 from anaphora.levels.semantic.evaluation.questions import Wording
+from anaphora.levels.semantic.forms import form_of
 from anaphora.levels.semantic.records import Entry
 from anaphora.levels.semantic.texts import prepare
 from anaphora.types import Key, Tenant
@@ -35,14 +36,23 @@ class Kept:
         self._rows: dict[bytes, _Rows] = {}
 
     def add(self, wording: Wording) -> int:
-        space, content = space_of(wording), digest_of(prepare(wording.text))
+        space, prepared = space_of(wording), prepare(wording.text)
+        content = digest_of(prepared)
         identity = len(self._entries) + 1
         key = Key(digest((b"evaluation", str(identity).encode())))
         tenant = Tenant("evaluation")
         self.wordings.append(wording)
         self._entries.append(
             Entry(
-                id=identity, space=space, digest=content, key=key, text=wording.text, tenant=tenant, model="", stored_at_s=0.0
+                id=identity,
+                space=space,
+                digest=content,
+                key=key,
+                text=wording.text,
+                form=form_of(prepared),
+                tenant=tenant,
+                model="",
+                stored_at_s=0.0,
             )
         )
         self._places[space, content] = identity
