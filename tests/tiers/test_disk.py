@@ -26,6 +26,7 @@ from anaphora.policies.gdsf import GDSF
 from anaphora.testing.tiers import make_entry, make_key
 from anaphora.tiers.base import ALL_KEPT_SHARE, ENTRY_OVERHEAD, Entry, Eviction
 from anaphora.tiers.disk import DiskOptions, DiskTier, index
+from anaphora.tiers.disk.rows import checksum as checksum_of
 from anaphora.tiers.disk.traces import SharedTraces
 from anaphora.types import Key, Scope, Tenant
 
@@ -810,7 +811,7 @@ def write_format_1(folder: Path, entries: dict[Key, Entry]) -> None:
         if len(entry.value) >= INLINE_BYTES:
             file = f"{key.hex()}-{secrets.token_hex(8)}"
             (folder / "values" / file).write_bytes(entry.value)
-        value, checksum = entry.value if file is None else None, index._checksum(key, entry)
+        value, checksum = entry.value if file is None else None, checksum_of(key, entry)
         about = (entry.stored_at_s, entry.expires_at_s, entry.cost_s, entry.tenant, entry.model, '["tag","of-a"]')
         row = (100 - tick, key, entry.size, tick, file, *about, checksum, value)
         db.execute(f"INSERT INTO entries VALUES ({','.join('?' * len(row))})", row)
