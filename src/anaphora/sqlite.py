@@ -19,9 +19,18 @@ class Unreadable(sqlite3.DatabaseError):
     """SQLite reads it, but it is not what we write."""
 
 
-def prepare(db: sqlite3.Connection, *, synchronous: str = "NORMAL") -> None:
+def prepare(db: sqlite3.Connection, *, synchronous: str = "NORMAL", patience_s: float = 5.0) -> None:
     """The settings of a connection that writes."""
-    db.execute("PRAGMA journal_mode = WAL")
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # Two that do this to a new file at once do not wait for each other.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)  # on a worker thread
     db.execute(f"PRAGMA synchronous = {synchronous}")
     db.execute("PRAGMA secure_delete = ON")  # what was forgotten is not left in free pages
     db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")

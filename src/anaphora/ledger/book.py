@@ -16,6 +16,7 @@ import msgspec
 from anaphora.errors import AnaphoraError
 from anaphora.ledger.entry import REFRESH, Entry
 from anaphora.ledger.query import DIMENSIONS, Group, Query, Sums
+from anaphora.sqlite import execute_all, prepare, transaction
 
 FORMAT = 1
 """SQLite's `user_version`."""
@@ -144,11 +145,10 @@ class Book:
         """Holds the file's write lock. Raises BookProblem."""
         try:
             connection = self._open()
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
+            with transaction(connection):
+                yield connection
         except (sqlite3.Error, OSError) as error:
-            raise self._problem(error) from error  # closed, and so undone
+            raise self._problem(error) from error
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None:
@@ -161,9 +161,7 @@ class Book:
         try:
             if self._writes:
                 self.path.chmod(0o600)
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = NORMAL")
-                connection.execute("PRAGMA secure_delete = ON")
+                prepare(connection, patience_s=BUSY_S)
                 self._make(connection)
             else:
                 connection.execute("PRAGMA query_only = ON")
@@ -174,11 +172,9 @@ class Book:
         return connection
 
     def _make(self, connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        if not self._version(connection):
-            for statement in filter(None, map(str.strip, _SCHEMA.split(";\n"))):
-                connection.execute(statement)
-        connection.execute("COMMIT")
+        with transaction(connection):
+            if not self._version(connection):
+                execute_all(connection, _SCHEMA)
 
     def _version(self, connection: sqlite3.Connection) -> int:
         """0: there is nothing in the file yet."""
