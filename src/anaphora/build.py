@@ -30,7 +30,7 @@ from anaphora.profiles import named
 from anaphora.promises import Books
 from anaphora.registry import BACKENDS, ENCODERS, LEVELS, POLICIES, ROUTING, TIERS
 from anaphora.store import Store, StoreOptions
-from anaphora.tiers.base import Eviction, Tier, eviction
+from anaphora.tiers.base import Eviction, ImmediateTier, Tier, eviction
 from anaphora.types import CacheControl, Completion, Key, Message, Request, Sampling, Tenant, TextPart
 
 if TYPE_CHECKING:
@@ -274,10 +274,17 @@ def embedding_level(config: Config, clock: Clock, emit: Emit = ignore) -> Embedd
     from anaphora.levels.embedding import EmbeddingLevel, EmbeddingOptions
 
     settings = config.embeddings
-    cache = msgspec.structs.replace(config.cache, ram=settings.ram, disk=settings.disk, shared_size=settings.shared_size)
-    options = StoreOptions(ttl_s=settings.ttl_s or None)
-    store = Store(_tiers(cache, "embeddings", clock, emit), clock=clock, options=options, emit=emit)
-    return EmbeddingLevel(EmbeddingOptions(storage=settings.storage), store=store, clock=clock, emit=emit)
+    recent = settings.ram // 4  # of what is asked for lately there is a copy, of which the texts themselves are a part
+    sizes = {"ram": settings.ram - recent, "disk": settings.disk, "shared_size": settings.shared_size}
+    tiers = _tiers(msgspec.structs.replace(config.cache, **sizes), "embeddings", clock, emit)
+    first = tiers[0]
+    return EmbeddingLevel(
+        EmbeddingOptions(settings.storage, settings.ttl_s or None, settings.disk_from_s, recent),
+        store=Store(tiers, clock=clock, emit=emit),
+        memory=first if isinstance(first, ImmediateTier) else None,
+        clock=clock,
+        emit=emit,
+    )
 
 
 _JUDGE_TOKENS = 8

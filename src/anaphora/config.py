@@ -309,6 +309,9 @@ class EmbeddingsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ram: Size = 64 * MIB
     disk: Size = 1 * GIB
     """In `cache.dir`/embeddings. 0: vectors are kept in memory only."""
+    disk_from_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0005
+    """Vectors of an encoder that takes less for a text are kept in memory only: to write and read them would cost as much. 0:
+    they all go to disk. Upstreams' always do."""
     shared_size: Size = 1 * GIB
     """On the server at `cache.shared`, if there is one."""
     ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0

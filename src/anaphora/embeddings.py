@@ -68,6 +68,13 @@ class EmbeddingAnswer(msgspec.Struct, frozen=True):
         return sum(self.found.num_tokens)
 
 
+class EncoderStats(msgspec.Struct, frozen=True):
+    text_ms: float
+    """Processor time that a text takes lately."""
+    lasting: bool
+    """Whether its vectors go to disk, or only to memory because it is that fast."""
+
+
 class NotEmbeddings(Exception):
     """An upstream answered, but nothing that can be remembered text by text."""
 
@@ -164,7 +171,8 @@ class Embeddings:
         encoder = await encoding.encoder()
 
         async def compute(texts: list[str]) -> Encoded:
-            return Encoded(*await encoding.encode(texts, encoder.kinds[0]))
+            vectors, num_tokens = await encoding.encode(texts, encoder.kinds[0])
+            return Encoded(vectors, num_tokens, encoding.text_s)
 
         space = Space(tenant, model, encoder.fingerprint, kind=encoder.kinds[0])
         return (await self._level.embed(texts, space=space, compute=compute)).vectors
@@ -178,6 +186,15 @@ class Embeddings:
 
     async def stats(self) -> dict[str, TierStats]:
         return await self._level.stats()
+
+    def encoders(self) -> dict[str, EncoderStats]:
+        """Of those that have computed something."""
+        times = {kind: self._encoders.get(kind).text_s for kind in sorted(self._used)}
+        return {
+            kind: EncoderStats(round(text_s * 1000, 3), self._level.lasts(text_s))
+            for kind, text_s in times.items()
+            if text_s is not None
+        }
 
     async def aclose(self) -> None:
         await self._level.aclose()
@@ -200,7 +217,7 @@ class Embeddings:
                     f"Invalid '{place}': it has {error.num_tokens} tokens, and {encoder.name} takes {encoder.max_tokens}.",
                     param=place,
                 ) from error
-            return Encoded(vectors, num_tokens)
+            return Encoded(vectors, num_tokens, encoding.text_s)
 
         space = Space(request.tenant, encoder.name, encoder.fingerprint, kind=kind)
         found = await self._level.embed(request.texts, space=space, compute=run.computing(compute), control=control)

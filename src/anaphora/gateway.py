@@ -22,7 +22,6 @@ from anaphora.forgets import Forgets
 from anaphora.memory import Memory, Recall
 from anaphora.promises import Stats as PromiseStats
 from anaphora.prompt import Prompt
-from anaphora.tiers.base import TierStats
 from anaphora.types import CacheControl, Completion, Delta, Key, ModelInfo, Request, Scope
 
 if TYPE_CHECKING:
@@ -323,10 +322,12 @@ class Gateway:
         """Figures of this process's books of prompt caching."""
         return PromiseStats() if self._accounting is None else self._accounting.stats
 
-    async def memory_stats(self) -> dict[str, dict[str, TierStats]]:
-        """Level name → tier name → figures of the answer cache, and of that of embeddings."""
-        stats = await self._memory.stats()
-        return stats if self._embeddings is None else {**stats, "embedding": await self._embeddings.stats()}
+    async def memory_stats(self) -> dict[str, dict[str, Any]]:
+        """Level name → tier name → figures of the answer cache, and of that of embeddings, and what `encoders` take."""
+        stats: dict[str, dict[str, Any]] = {**await self._memory.stats()}
+        if self._embeddings is not None:
+            stats["embedding"] = {**await self._embeddings.stats(), "encoders": self._embeddings.encoders()}
+        return stats
 
     # -- what landed ---------------------------------------------------------------------------------------------------
 

@@ -184,12 +184,25 @@ def test_tenants_never_share_and_forgetting_erases_only_ones_own(ours: str) -> N
     assert other.num_computed == 0
 
 
-def test_vectors_outlive_the_server(serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "further"), [("minilm", ""), ("static", "disk_from_s = 0.0")])
+def test_vectors_outlive_the_server(serve: Serve, tmp_path: Path, model: str, further: str) -> None:
     for num_computed in (2, 0):
-        with serve(OURS, folder=tmp_path) as (url, _):
+        with serve(OURS + further, folder=tmp_path) as (url, _):
             ask = Asking(url)
+            ask("a", "b", model=model)
+            assert ask.num_computed == num_computed
+
+
+def test_vectors_of_an_encoder_that_is_faster_than_the_disk_are_in_memory_only(serve: Serve, tmp_path: Path) -> None:
+    with serve(OURS + "disk_from_s = 3600.0", folder=tmp_path) as (url, _):
+        ask = Asking(url)
+        for num_computed in (2, 0):
             ask("a", "b", model="static")
             assert ask.num_computed == num_computed
+        found = ask.get("/anaphora/stats").json()["cache"]["embedding"]
+        assert (found["ram"]["num_entries"], found["disk"]["num_entries"]) == (2, 0)
+        assert found["encoders"]["static"]["text_ms"] > 0
+        assert not found["encoders"]["static"]["lasting"]
 
 
 @pytest.mark.parametrize(

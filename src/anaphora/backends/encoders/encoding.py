@@ -6,7 +6,10 @@ import asyncio
 import importlib.util
 import logging
 import queue
+import statistics
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STOPPING = "The server is stopping."
+_NUM_TIMES = 15
+"""Of the latest batches, to say what a text takes: one that was held up, as the very first is, says nothing."""
 
 
 class TextTooLong(Exception):
@@ -58,10 +63,15 @@ class Encoding:
         *,
         options: BatchingOptions | None = None,
         clock: Clock | None = None,
+        used_s: Callable[[], float] = time.thread_time,
     ) -> None:
+        """`used_s`: the processor time of the thread that asks."""
         self._make = make
         self._batcher = Batcher(options or BatchingOptions())
         self._clock = clock or SystemClock()
+        self._used_s = used_s
+        self._times_s: deque[float] = deque(maxlen=_NUM_TIMES)
+        self._text_s: float | None = None
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
         self._num_jobs = 0
@@ -79,6 +89,11 @@ class Encoding:
     def ready(self) -> bool:
         """Whether it is loaded."""
         return self._made.done()
+
+    @property
+    def text_s(self) -> float | None:
+        """Processor time that a text takes lately. None: none was computed yet."""
+        return self._text_s
 
     async def encoder(self) -> Encoder:
         """The encoder itself, once it is loaded: for what it is, not to be called. Raises BackendFailed."""
@@ -158,7 +173,10 @@ class Encoding:
         jobs = [self._jobs[item.owner] for item in batch]
         try:
             texts = [job.texts[item.number] for job, item in zip(jobs, batch, strict=True)]
+            before_s = self._used_s()
             vectors = encoder.encode(texts, jobs[0].kind)
+            self._times_s.append((self._used_s() - before_s) / len(texts))
+            self._text_s = statistics.median(self._times_s)
         except Exception as error:
             log.exception("an encoder failed")
             for item in batch:

@@ -17,7 +17,7 @@ from anaphora.clock import Clock, ManualClock
 from anaphora.errors import BackendFailed, NotCached
 from anaphora.levels.embedding import Embedded, EmbeddingLevel, EmbeddingOptions, Encoded, Space, Storage
 from anaphora.policies.lru import LRU
-from anaphora.store import Store, StoreOptions
+from anaphora.store import Store
 from anaphora.tiers.base import Tier
 from anaphora.tiers.disk import DiskOptions, DiskTier
 from anaphora.tiers.ram import RamOptions, RamTier
@@ -58,12 +58,16 @@ def make(
     disk: Path | None = None,
     disk_bytes: int = 1 << 20,
     ttl_s: float | None = None,
+    disk_from_s: float = 0.0,
+    recent_bytes: int = 1 << 20,
 ) -> EmbeddingLevel:
     tiers: list[Tier] = [RamTier(RamOptions(1 << 20), policy=LRU(), clock=clock)]
     if disk is not None:
         tiers.append(DiskTier(DiskOptions(str(disk), disk_bytes), clock=clock))
-    store = Store(tiers, clock=clock, options=StoreOptions(ttl_s=ttl_s))
-    return EmbeddingLevel(EmbeddingOptions(storage=storage), store=store, clock=clock)
+    first = tiers[0]
+    assert isinstance(first, RamTier)
+    options = EmbeddingOptions(storage, ttl_s, disk_from_s, recent_bytes)
+    return EmbeddingLevel(options, store=Store(tiers, clock=clock), memory=first, clock=clock)
 
 
 def run(body: Callable[[EmbeddingLevel, Counting, ManualClock], Awaitable[None]], **how: object) -> None:
@@ -378,7 +382,7 @@ def test_a_value_of_another_version_is_computed_again() -> None:
         store.put(key, b"\xff something else", tenant=MANN.tenant, model=MANN.model)
         assert origins(await level.embed(["a"], space=MANN, compute=compute)) == (0, 1, 0)
 
-    run(body)
+    run(body, recent_bytes=0)
 
 
 def test_a_store_that_breaks_costs_only_the_saving() -> None:
