@@ -76,7 +76,7 @@ def _parquet(rows: Sequence[Row]) -> bytes:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise NoParquet("Parquet needs the package pyarrow: pip install pyarrow") from error
+        raise NoParquet("Parquet needs the package pyarrow: pip install 'anaphora[parquet]'") from error
     written = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), written)
     return bytes(written.getvalue().to_pybytes())
