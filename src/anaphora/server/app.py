@@ -17,7 +17,7 @@ from starlette.types import Scope as Connection
 from anaphora.errors import MethodNotAllowed, NotFound, ServiceError
 from anaphora.server import routes
 from anaphora.server.embeddings import EmbeddingsEndpoint
-from anaphora.server.endpoint import OPENAI, Api, dialect_of
+from anaphora.server.endpoint import OPENAI, Api, Endpoint, dialect_of
 from anaphora.server.foreign import METHODS, Elsewhere
 from anaphora.server.ledger import LedgerPage
 from anaphora.server.replicas import Replicas
@@ -35,17 +35,17 @@ class App:
         self.api = api
         anthropic = Anthropic(provider_blocks=api.gateway.takes_provider_blocks)
         api.gateway.on_forget(api.explanations.forget)
-        self._hot: dict[str, routes.Answers] = {
+        self._hot: dict[str, Endpoint] = {
             "/v1/chat/completions": routes.Answers(api, OPENAI),
             "/v1/completions": routes.Answers(api, OpenAICompletions()),
             "/v1/responses": routes.Answers(api, OpenAIResponses()),
             "/v1/messages": routes.Answers(api, anthropic),
+            "/v1/embeddings": EmbeddingsEndpoint(api),
         }
         post = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._hot.items()]
         self._rest = Starlette(
             routes=[
                 *post,
-                Route("/v1/embeddings", EmbeddingsEndpoint(api), methods=["POST"]),
                 Route("/v1/messages/count_tokens", routes.CountTokens(api, anthropic), methods=["POST"]),
                 Route("/v1/models", routes.Models(api), methods=["GET"]),
                 Route("/v1/models/{id:path}", routes.Models(api), methods=["GET"]),

@@ -1,4 +1,5 @@
-"""Encoders on threads of their own, one each, fed batch by batch: the event loop never waits for a model."""
+"""Encoders on threads of their own, one each, fed batch by batch: the event loop never waits for a model, unless that is so
+fast that to wait for a thread would take longer."""
 
 from __future__ import annotations
 
@@ -32,6 +33,12 @@ _NUM_TIMES = 15
 """Of the latest batches, to say what a text takes: one that was held up, as the very first is, says nothing."""
 
 
+_AT_ONCE_S = 0.0005
+"""What takes no longer is computed by whoever asks."""
+_AT_ONCE_CHARS = 2000
+"""And is no longer than that: what a text takes was measured with others."""
+
+
 class TextTooLong(Exception):
     """A text has more tokens than the encoder takes, and was not to be cut."""
 
@@ -53,9 +60,16 @@ class _Job:
         self.num_tokens: list[int] = []
         self.num_left = len(texts)
 
+    def count(self, encoder: Encoder) -> None:
+        """The tokens of each text. Raises TextTooLong where one is not to be cut."""
+        self.num_tokens = [encoder.num_tokens(text, self.kind) for text in self.texts]
+        longest = max(range(len(self.texts)), key=self.num_tokens.__getitem__)
+        if self.whole and self.num_tokens[longest] > encoder.max_tokens:
+            raise TextTooLong(longest, self.num_tokens[longest])
+
 
 class Encoding:
-    """One encoder, which `make` makes when it is first needed, on the thread that alone calls it. For any event loop."""
+    """One encoder, which `make` makes when it is first needed, on a thread of its own. For any event loop."""
 
     def __init__(
         self,
@@ -76,6 +90,8 @@ class Encoding:
         self._jobs: dict[int, _Job] = {}
         self._num_jobs = 0
         self._made: Future[Encoder] = Future()
+        self._turn = threading.Lock()
+        """Held by whoever calls the encoder."""
         self._thread: threading.Thread | None = None
         self._ended = False
 
@@ -97,6 +113,8 @@ class Encoding:
 
     async def encoder(self) -> Encoder:
         """The encoder itself, once it is loaded: for what it is, not to be called. Raises BackendFailed."""
+        if self._made.done():
+            return self._made.result()
         self.begin()
         return await asyncio.shield(asyncio.wrap_future(self._made))  # others wait for it, too
 
@@ -109,10 +127,37 @@ class Encoding:
         if not texts:
             return np.zeros((0, encoder.dimensions), np.float32), []
         job = _Job(texts, kind, whole=whole)
+        if self._is_quick(texts) and self._turn.acquire(blocking=False):
+            try:
+                return self._at_once(encoder, job)
+            finally:
+                self._turn.release()
         self._queue.put(job)
         if self._ended:  # and this may have come too late for it
             raise BackendFailed(_STOPPING)
         return await asyncio.wrap_future(job.done)
+
+    def _is_quick(self, texts: Sequence[str]) -> bool:
+        """Whether the event loop is held up less by computing them than by handing them to a thread and back."""
+        text_s = self._text_s
+        return text_s is not None and len(texts) * text_s <= _AT_ONCE_S and sum(map(len, texts)) <= _AT_ONCE_CHARS
+
+    def _at_once(self, encoder: Encoder, job: _Job) -> tuple[Vectors, list[int]]:
+        if self._ended:
+            raise BackendFailed(_STOPPING)
+        job.count(encoder)
+        try:
+            return self._timed(encoder, job.texts, job.kind), job.num_tokens
+        except Exception as error:
+            log.exception("an encoder failed")
+            raise BackendFailed(f"The embedding model failed: {error}") from error
+
+    def _timed(self, encoder: Encoder, texts: Sequence[str], kind: Kind) -> Vectors:
+        before_s = self._used_s()
+        vectors = encoder.encode(texts, kind)
+        self._times_s.append((self._used_s() - before_s) / len(texts))
+        self._text_s = statistics.median(self._times_s)
+        return vectors
 
     def close(self) -> None:
         """End the thread. What has not been computed fails."""
@@ -155,10 +200,8 @@ class Encoding:
 
     def _accept(self, encoder: Encoder, job: _Job) -> None:
         try:
-            job.num_tokens = [encoder.num_tokens(text, job.kind) for text in job.texts]
-            longest = max(range(len(job.texts)), key=job.num_tokens.__getitem__)
-            if job.whole and job.num_tokens[longest] > encoder.max_tokens:
-                raise TextTooLong(longest, job.num_tokens[longest])
+            with self._turn:
+                job.count(encoder)
         except Exception as error:
             _fail(job, error)
             return
@@ -173,10 +216,8 @@ class Encoding:
         jobs = [self._jobs[item.owner] for item in batch]
         try:
             texts = [job.texts[item.number] for job, item in zip(jobs, batch, strict=True)]
-            before_s = self._used_s()
-            vectors = encoder.encode(texts, jobs[0].kind)
-            self._times_s.append((self._used_s() - before_s) / len(texts))
-            self._text_s = statistics.median(self._times_s)
+            with self._turn:
+                vectors = self._timed(encoder, texts, jobs[0].kind)
         except Exception as error:
             log.exception("an encoder failed")
             for item in batch:
@@ -223,7 +264,9 @@ class Encoders:
         """Raises ConfigError."""
         found = self._encodings.get(name)
         if found is None:
-            found = self._encodings[name] = Encoding(partial(self.kind(name), threads=self._threads))
+            kind = self.kind(name)
+            make, options = partial(kind, threads=self._threads), getattr(kind, "batching", None)
+            found = self._encodings[name] = Encoding(make, options=options)
         return found
 
     def close(self) -> None:
