@@ -218,6 +218,10 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Path of its figures in Prometheus' format, such as `/metrics`: how long its queue is. Empty: it is not asked."""
     kv_tokens: Natural = 0
     """Of a server of one's own: how many tokens of prefixes its cache holds. 0: not known."""
+    kv_events: str = ""
+    """Where it publishes what its cache stores and drops, as vLLM does: `tcp://host:port`. Empty: nobody listens."""
+    kv_events_replay: str = ""
+    """Where it gives out once more what it published and somebody missed."""
 
 
 class OptimiserConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -753,6 +757,12 @@ def check_upstream(upstream: UpstreamConfig, where: str, environ: Mapping[str, s
     wrong = [api for api in upstream.apis if (api == "messages") != (upstream.dialect == "anthropic")]
     if wrong:
         raise ConfigError(f"{where}.apis: {wrong[0]} is not one of the dialect {upstream.dialect}")
+    for name in ("kv_events", "kv_events_replay"):
+        address = getattr(upstream, name)
+        if address and not re.fullmatch(r"tcp://[^/]+:\d+|ipc://.+", address):
+            raise ConfigError(f"{where}.{name}: an address such as tcp://10.0.0.7:5557, not {address!r}")
+    if upstream.kv_events_replay and not upstream.kv_events:
+        raise ConfigError(f"{where}.kv_events_replay: only beside kv_events")
     upstream_key(upstream, environ)
 
 

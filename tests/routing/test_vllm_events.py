@@ -1,8 +1,9 @@
-"""Against a real ZeroMQ publisher that encodes batches as vLLM does: structs in arrays, tagged by the name of their class."""
+"""Against a real ZeroMQ publisher that encodes batches as vLLM does: events tagged by the name of their class."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Event, Thread
 from typing import Any
 
 import msgspec
@@ -45,6 +46,17 @@ def test_blocks_get_the_names_that_chains_of_ours_have() -> None:
     assert translator.batch(batch(removed([b"v3", b"never seen"]))) == [BlocksRemoved((OURS[3],))]
     assert translator.batch(batch({"type": "AllBlocksCleared"})) == [BlocksCleared()]
     assert translator.batch(batch(THEN)) == []  # its beginning is not known any more
+
+
+def test_events_of_older_versions_are_lists() -> None:
+    first = ["BlockStored", [b"v0", b"v1"], None, TOKENS[:32], 16, None, "GPU", None, None, 0, "something new"]
+    events: list[Any] = [first, ["BlockRemoved", [b"v1"], "GPU"], ["AllBlocksCleared"]]
+    expected = [BlocksStored(OURS[:2], (16, 16)), BlocksRemoved((OURS[1],)), BlocksCleared()]
+    assert Translator(NAMESPACE).batch(batch(*events)) == expected
+    wrong: list[Any] = [["BlockStored", 7], ["Nothing"], [], [[]], ["BlockRemoved", [1.5]]]
+    for event in wrong:
+        with pytest.raises(ValueError, match="not a batch"):
+            Translator(NAMESPACE).batch(batch(event))
 
 
 def test_hashes_may_be_numbers_and_unknown_fields_are_passed_over() -> None:
@@ -105,3 +117,74 @@ def test_a_router_follows_what_a_publisher_says(publisher: Any) -> None:
         assert subscriber.num_missed == 2
         assert subscriber.read(0.0) == ()
     assert found == [64, 48, 48, 32, 32]
+
+
+class Replaying:
+    """Gives out once more what was published, from the number that is asked for on, as vLLM does."""
+
+    def __init__(self, kept: dict[int, bytes]) -> None:
+        self.kept = kept
+        self.asked: list[int] = []
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind("tcp://127.0.0.1:0")
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._ending = Event()
+        self._thread = Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._ending.is_set():
+            if not self._socket.poll(50):
+                continue
+            client, _, first = self._socket.recv_multipart()
+            self.asked.append(int.from_bytes(first, "big"))
+            for number, payload in self.kept.items():
+                if number >= self.asked[-1]:
+                    self._socket.send_multipart((client, b"", number.to_bytes(8, "big"), payload))
+            self._socket.send_multipart((client, b"", (-1).to_bytes(8, "big", signed=True), b""))
+
+    def close(self) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+@pytest.fixture
+def replaying() -> Iterator[Replaying]:
+    replaying = Replaying({})
+    yield replaying
+    replaying.close()
+
+
+def test_what_was_missed_is_asked_for_again(publisher: Any, replaying: Replaying) -> None:
+    def publish(number: int, *events: dict[str, Any], heard: bool = True) -> None:
+        replaying.kept[number] = batch(*events)
+        if heard:
+            publisher.send_multipart((b"", number.to_bytes(8, "big"), replaying.kept[number]))
+
+    publish(0, FIRST, heard=False)  # before anybody listened
+    publish(1, THEN, heard=False)
+    endpoint = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+    with Subscriber(endpoint, Translator(NAMESPACE), replay=replaying.address) as subscriber:
+        assert publisher.recv() == b"\x01"
+        assert subscriber.read(10.0) == [BlocksStored(OURS[:2], (16, 16)), BlocksStored(OURS[2:], (16, 16))]
+        publish(2, removed([b"v3"]))
+        assert subscriber.read(10.0) == [BlocksRemoved((OURS[3],))]
+        publish(3, removed([b"v2"]), heard=False)
+        publish(4, removed([b"v1"]))
+        assert subscriber.read(10.0) == [BlocksRemoved((OURS[2],)), BlocksRemoved((OURS[1],))]
+        assert subscriber.num_missed == 0
+        publish(5, removed([b"v0"]), heard=False)
+        publish(6, FIRST, heard=False)
+        del replaying.kept[5]  # as old as nobody keeps
+        publish(7, removed([b"v1"]))
+        assert list(subscriber.read(10.0))[-1] == BlocksRemoved((OURS[1],))
+        assert subscriber.num_missed == 1
+        replaying.kept.clear()
+        publish(0, FIRST, heard=False)  # it has restarted, and nobody noticed at once
+        publish(1, removed([b"v1"]))
+        assert subscriber.read(10.0) == [BlocksCleared(), BlocksStored(OURS[:2], (16, 16)), BlocksRemoved((OURS[1],))]
+        assert subscriber.num_missed == 1
+    assert replaying.asked == [0, 3, 5, 0]

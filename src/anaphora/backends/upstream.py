@@ -27,6 +27,7 @@ from anaphora.types import (
     Delta,
     End,
     Finish,
+    MediaPart,
     ModelInfo,
     Raw,
     Request,
@@ -267,6 +268,43 @@ class Upstream:
         except msgspec.MsgspecError as error:
             raise UpstreamFailed(f"The upstream {self.name} answered with something else than a count.", 502) from error
 
+    async def tokenize(self, request: Request) -> list[int]:
+        """The tokens of the prompt, by vLLM's `/tokenize`; none of one that is more than words, or is kept apart. Raises
+        NotFound where the upstream has no such thing, UpstreamFailed where it does not answer."""
+        body = self._to_tokenize(request)
+        if body is None:
+            return []
+        sent = self._request(request, "/tokenize", encode(body))
+        try:
+            async with asyncio.timeout(self.options.first_s):
+                reply = await self._http.send(*sent)
+                try:
+                    data = await reply.read(_MAX_TEXT)
+                finally:
+                    reply.close()
+        except TimeoutError as error:
+            raise self._late("it did not tokenize", self.options.first_s) from error
+        except Unreachable as error:
+            raise self._unreachable(error, body) from error
+        if reply.status in (404, 405, 501):
+            raise NotFound(f"The upstream {self.name} has no /tokenize.", code="no_tokenize")
+        try:
+            return msgspec.json.decode(data, type=_Tokenized).tokens
+        except msgspec.MsgspecError as error:
+            raise UpstreamFailed(f"The upstream {self.name} answered with something else than tokens.", 502) from error
+
+    def _to_tokenize(self, request: Request) -> Json | None:
+        words = all(not isinstance(part, MediaPart) for message in request.messages for part in message.content)
+        if not words or request.cache_salt is not None or (request.native is not None and request.native.unread):
+            return None
+        dialect, body = self._written(request)
+        if dialect.name not in ("openai_chat", "openai_completions"):
+            if (chat := self._dialects.get("openai_chat")) is None:
+                return None
+            body = chat.write(request, model=self._model(request.model))
+        found = {name: body[name] for name in _TOKENIZED if name in body}
+        return found if "messages" in found or isinstance(found.get("prompt"), str) else None
+
     def has(self, path: str) -> bool:
         """Whether clients may ask for what Anaphora itself does not know at `path`."""
         path = path.partition("?")[0]
@@ -489,6 +527,23 @@ _OF_THE_CONNECTION = frozenset(
 class _Counted(msgspec.Struct, frozen=True):
     input_tokens: int
 
+
+class _Tokenized(msgspec.Struct, frozen=True):
+    tokens: list[int]
+
+
+_TOKENIZED = (
+    "model",
+    "messages",
+    "prompt",
+    "tools",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+)
+"""Fields that make the tokens of a prompt."""
 
 _EFFECTS = ("background", "conversation", "container", "mcp_servers")
 

@@ -28,10 +28,11 @@ from anaphora.clock import Clock, SystemClock
 from anaphora.config import GatewayConfig, OptimiserConfig, RouteConfig, UpstreamConfig
 from anaphora.errors import BackendFailed, InvalidRequest, ModelNotFound, NotFound, ServiceError, UpstreamFailed
 from anaphora.events import Emit, UpstreamAsked, ignore
+from anaphora.fleet.listening import Listening
 from anaphora.fleet.replicas import Replica, ReplicaState, Target
 from anaphora.fleet.turns import NoChoice, Turns
 from anaphora.routing import reports
-from anaphora.routing.base import Strategy
+from anaphora.routing.base import CacheEvent, Question, Strategy
 from anaphora.routing.questions import of_request
 from anaphora.routing.router import Route, Router
 from anaphora.types import Begin, Delta, End, ModelInfo, Raw, Request, Scope, Usage
@@ -91,7 +92,14 @@ class Fleet:
 
     def _joined(self, one: UpstreamConfig) -> Replica:
         breaker = Breaker(self._config.breaker_failures, self._config.breaker_rest_s)
-        return Replica(self._make(one), one, breaker, self._clock.monotonic_s())
+        replica = Replica(self._make(one), one, breaker, self._clock.monotonic_s())
+        if one.kv_events:
+
+            def tell(events: Sequence[CacheEvent]) -> None:
+                self._router.events(one.name, events, self._clock.monotonic_s())
+
+            replica.listening = Listening(replica.upstream, one.kv_events, one.kv_events_replay, tell)
+        return replica
 
     # -- who belongs to it -----------------------------------------------------------------------------------------------
 
@@ -123,7 +131,7 @@ class Fleet:
         self._router.remove(name)
         if (watching := self._watching.pop(name, None)) is not None:
             watching.cancel()
-        self._leaving[name] = task = asyncio.create_task(replica.upstream.leave(), name="anaphora-leave")
+        self._leaving[name] = task = asyncio.create_task(replica.leave(), name="anaphora-leave")
         task.add_done_callback(lambda _: self._leaving.pop(name, None))
 
     def _changed(self) -> None:
@@ -132,7 +140,10 @@ class Fleet:
         self._models = None
 
     def _watch(self, replica: Replica) -> None:
-        """Ask it for its figures again and again, where it has any: the router is told how long its queue is."""
+        """Listen to what its cache says of itself, and ask it for its figures again and again, where it has any: the router is
+        told how long its queue is."""
+        if replica.listening is not None:
+            replica.listening.start()
         path = replica.config.metrics
         if not path:
             return
@@ -285,7 +296,7 @@ class Fleet:
             while (turn := turns.next(self._clock.monotonic_s())) is not None:
                 target, route, alone = turn
                 try:
-                    async with aclosing(self._attempt(target, route, request, alone=alone)) as bursts:
+                    async with aclosing(self._attempt(target, route, request, question, alone=alone)) as bursts:
                         async for burst in bursts:
                             yield burst
                     return
@@ -305,7 +316,7 @@ class Fleet:
             pause_s *= 2
 
     async def _attempt(
-        self, target: Target, route: Route | NoChoice, request: Request, *, alone: bool
+        self, target: Target, route: Route | NoChoice, request: Request, question: Question | None, *, alone: bool
     ) -> AsyncGenerator[list[Delta], None]:
         """One upstream's answer. Raises _Nothing where somebody else may be asked instead: nothing was given out yet.
 
@@ -316,6 +327,8 @@ class Fleet:
         asking = msgspec.structs.replace(request, model=target.model) if other else request
         trial = breaker.sent()
         self._tell(request, target, route)
+        if question is not None and target.replica.listening is not None:
+            target.replica.listening.sent(asking, question)
         held: list[Delta] = []
         given = spoken = False
         try:
@@ -431,6 +444,8 @@ class Fleet:
             found |= {f"upstream_{name}_{key}": value for key, value in (await replica.upstream.stats()).items()}
             found[f"upstream_{name}_resting"] = int(not replica.breaker.passes(self._clock.monotonic_s()))
             found[f"upstream_{name}_num_rests"] = replica.breaker.num_opened
+            if replica.listening is not None:
+                found[f"upstream_{name}_num_event_batches_missed"] = replica.listening.num_missed
         return found
 
     async def aclose(self) -> None:
@@ -438,6 +453,8 @@ class Fleet:
             if task is not None:
                 task.cancel()
         for replica in self._replicas.values():
+            if replica.listening is not None:
+                await replica.listening.aclose()
             await replica.upstream.aclose()
         if self._local is not None:
             await self._local.aclose()

@@ -7,6 +7,7 @@ import msgspec
 from anaphora.backends.breaker import Breaker
 from anaphora.backends.upstream import Upstream
 from anaphora.config import UpstreamConfig
+from anaphora.fleet.listening import Listening
 from anaphora.routing.base import Price
 from anaphora.routing.base import Replica as RoutedReplica
 
@@ -14,7 +15,7 @@ from anaphora.routing.base import Replica as RoutedReplica
 class Replica:
     """An upstream as one of the fleet."""
 
-    __slots__ = ("breaker", "config", "draining", "started_s", "upstream")
+    __slots__ = ("breaker", "config", "draining", "listening", "started_s", "upstream")
 
     def __init__(self, upstream: Upstream, config: UpstreamConfig, breaker: Breaker, started_s: float) -> None:
         self.upstream = upstream
@@ -24,10 +25,18 @@ class Replica:
         """It finishes what it has and is asked nothing new."""
         self.started_s = started_s
         """When it joined."""
+        self.listening: Listening | None = None
+        """To what its cache says of itself. None: it says nothing."""
 
     @property
     def name(self) -> str:
         return self.upstream.name
+
+    async def leave(self) -> None:
+        """Answer what was asked, and close."""
+        if self.listening is not None:
+            await self.listening.aclose()
+        await self.upstream.leave()
 
     def may_be_asked(self, now_s: float) -> bool:
         return not self.draining and self.breaker.passes(now_s)

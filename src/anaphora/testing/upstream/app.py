@@ -31,6 +31,7 @@ from anaphora.testing.upstream.raw import RawAnswer
 from anaphora.testing.upstream.records import Records
 from anaphora.testing.upstream.refusals import limits, refusal
 from anaphora.testing.upstream.script import Answer, Asked, Fault, Script
+from anaphora.testing.upstream.tokens import TOKENIZE, tokenized
 from anaphora.types import Owner, Tenant
 from anaphora.wire.base import new_ids
 
@@ -105,7 +106,7 @@ class UpstreamApp:
             body = await _whole_body(receive)
             if body is not None:
                 await self._control(connection, body, send)
-        elif path.startswith("/v1/"):
+        elif path.startswith("/v1/") or path == TOKENIZE:
             body = await _whole_body(receive)
             if body is not None:
                 await self._exchange(connection, body, receive, send)
@@ -132,7 +133,7 @@ class UpstreamApp:
             orders.answer = _told(head, b"x-testing-answer", Answer) or self.script.answer(asked)
             orders.fault = _told(head, b"x-testing-fault", Fault) or self.script.fault(asked)
             record.fault = None if orders.fault is None else orders.fault.kind
-            await exchange.run(self._who_answers(orders, path, head))
+            await exchange.run(self._who_answers(orders, path, head, body))
         except InvalidRequest as error:  # in the headers for tests
             status, text, raw = dialect_of(path, head).render_error(error, "req_testing")
             await exchange.run(_Fixed(status, [(name.encode(), value.encode()) for name, value in raw.items()], text))
@@ -140,14 +141,16 @@ class UpstreamApp:
             self._under_way.discard(exchange)
             self.records.close(record)
 
-    def _who_answers(self, orders: Orders, path: str, head: Mapping[bytes, bytes]) -> ASGIApp:
+    def _who_answers(self, orders: Orders, path: str, head: Mapping[bytes, bytes], body: bytes) -> ASGIApp:
         fault = orders.fault
         if fault is not None and fault.refusal is not None:
             orders.failed = True
-            raw, body = refusal(fault, fault.refusal, path, head, f"req_{new_ids(time.time()).id}")
-            return _Fixed(fault.refusal, raw, body)
+            raw, refused = refusal(fault, fault.refusal, path, head, f"req_{new_ids(time.time()).id}")
+            return _Fixed(fault.refusal, raw, refused)
         if orders.answer is not None and orders.answer.raw:
             return RawAnswer(orders.answer, self.options.pace)
+        if path == TOKENIZE:
+            return _Fixed(200, [(b"content-type", b"application/json")], tokenized(body))
         return self._emulator
 
     # -- what a test says and asks ---------------------------------------------------------------------------------------
