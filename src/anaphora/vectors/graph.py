@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LINKS = 16
 """Of each vector, on the lowest layer twice as many."""
 WIDTH_ADDING = 128
-WIDTHS_SEARCHING = ((0, 32), (200_000, 64), (500_000, 128))
+WIDTHS_SEARCHING = ((0, 32), (200_000, 128), (500_000, 192))
 """How many of the nearest found so far are kept while looking for nearer ones, from so many vectors on: among a million, 32
 miss more than a quarter of the nearest."""
 _LOOK_EVERY = 4096

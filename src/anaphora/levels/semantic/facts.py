@@ -114,10 +114,11 @@ _Found = tuple[Sequence[int], str, tuple[Mark, ...]]
 def _marked(tokens: Sequence[Token], known: Set[str], words: Lexicon) -> Iterator[_Found]:
     """Places, key and marks of each marked word; the words of a phrase have none of their own."""
     taken: set[int] = set()
+    starts = words.phrases
     for place, token in enumerate(tokens):
-        if place in taken:
+        phrases = starts.get(token.stem if token.content else token.low, ())
+        if place in taken or not (phrases or token.marks):
             continue
-        phrases = words.phrases.get(token.stem, ()) if token.content else words.phrases.get(token.low, ())
         for phrase in phrases:
             # Most end in a word that is not there.
             if (phrase.words[-1] in known or phrase.stems[-1] in known) and (places := _phrase_at(tokens, place, phrase)):

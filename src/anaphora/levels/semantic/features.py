@@ -3,6 +3,7 @@ with each other. Symmetric: each pair of one-sided values is given as the smalle
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Set
 from typing import Final
 
@@ -40,7 +41,7 @@ def plain_features(a: Reading, b: Reading) -> Row:
         *_both(len(a.numbers - b.numbers), len(b.numbers - a.numbers)),
         *_both(len(a.names - b.names), len(b.names - a.names)),
         float(abs(a.negations - b.negations)),
-        *_both(sum((a.counts - b.counts).values()), sum((b.counts - a.counts).values())),
+        *_both((Counter(a.written) - Counter(b.written)).total(), (Counter(b.written) - Counter(a.written)).total()),
         *_order(a, b, match)[:3],
     ]
 
@@ -62,7 +63,7 @@ def _surface(a: Reading, b: Reading) -> Row:
         min(a.size, b.size) / max(1, a.size, b.size),
         _share(a.trigrams, b.trigrams),
         _share(a.bigrams, b.bigrams),
-        _share(a.counts.keys(), b.counts.keys()),
+        _share(a.vocabulary, b.vocabulary),
     ]
 
 

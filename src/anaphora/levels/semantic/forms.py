@@ -23,11 +23,11 @@ FORM: Final = 1
 """Another number wherever texts are taken apart differently: forms of before are of no use then."""
 
 
-class _Form(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class _Form(msgspec.Struct, frozen=True, gc=False, array_like=True):
     language: Language | Literal[""]
     normal: str
     pieces: tuple[str | tuple[Kind, str, bool, str], ...]
-    """Of a word that opens no sentence and is followed by no mark, the word alone."""
+    """As `tokens_of` takes them."""
     marks: Mapping[str, tuple[str, ...]]
     turning: tuple[tuple[str, tuple[str, ...]], ...]
     numbers: tuple[Number, ...]
@@ -71,7 +71,7 @@ def recalled(text: str, form: bytes) -> Prepared:
         kept = _decoder.decode(memoryview(form)[_VERSION_BYTES:])
     except msgspec.MsgspecError:
         return prepare(text)
-    tokens = tokens_of(map(_whole, kept.pieces), kept.language or "en")
+    tokens = tokens_of(kept.pieces, kept.language or "en")
     return Prepared(
         text=text,
         language=kept.language,
@@ -105,7 +105,3 @@ def version() -> bytes:
 
 def _bare(piece: Piece) -> str | Piece:
     return piece[1] if piece == ("word", piece[1], False, "") else piece
-
-
-def _whole(piece: str | Piece) -> Piece:
-    return ("word", piece, False, "") if isinstance(piece, str) else piece

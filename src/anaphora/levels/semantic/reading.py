@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -84,9 +83,9 @@ class Reading:
     """What the features are made of."""
 
     __slots__ = (
-        "bigrams", "content", "counts", "frame", "kind", "language", "low", "modals", "names", "negations",
+        "bigrams", "content", "frame", "kind", "language", "low", "modals", "names", "negations",
         "num_tokens", "numbers", "objects", "particles", "persons", "quantifiers", "sense", "sequence", "size",
-        "stems", "trigrams", "unknown", "vectors", "weights", "written",
+        "stems", "trigrams", "unknown", "vectors", "vocabulary", "weights", "written",
     )  # fmt: skip
 
     def __init__(self, prepared: Prepared) -> None:
@@ -95,17 +94,16 @@ class Reading:
         self.language = prepared.language
         self.written = [token.low for token in tokens]
         self.num_tokens = len(tokens)
-        counted = Counter(self.written)
-        self.counts = counted
-        listed = counted.keys() & _LISTED
-        self.negations = sum([counted[word] for word in listed & NEGATIONS])
-        self.particles = frozenset(listed & PARTICLES)
-        self.quantifiers = frozenset(listed & QUANTIFIERS)
+        self.vocabulary = frozenset(self.written)
+        listed = self.vocabulary & _LISTED
+        self.negations = sum([self.written.count(word) for word in listed & NEGATIONS])
+        self.particles = listed & PARTICLES
+        self.quantifiers = listed & QUANTIFIERS
         self.modals = frozenset([MODALS[word] for word in listed if word in MODALS])
         self.persons = frozenset([PERSONS[word] for word in listed if word in PERSONS])
         self.kind = _kind(self.written)
         self.numbers = frozenset(_numbers(tokens))
-        self.names = frozenset([token.low for token in tokens if _is_name(token)])
+        self.names = frozenset([token.low for token in tokens if token.text[:1].isupper() and _is_name(token)])
         # A list, not a set: order matters, and a word may come twice.
         self.content = [token for token in tokens if token.content and token.low not in QUANTIFIERS]
         self.low = [token.low for token in self.content]
@@ -150,7 +148,7 @@ def _known(low: str, stem: str, kind: Kind) -> _Known:
 _LISTED: Final = NEGATIONS | PARTICLES | QUANTIFIERS | MODALS.keys() | PERSONS.keys()
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=32)
 def read(prepared: Prepared) -> Reading:
     """Of the latest texts remembered."""
     return Reading(prepared)
@@ -161,12 +159,8 @@ def _unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _is_name(token: Token) -> bool:
-    return (
-        token.kind == "word"
-        and token.text[:1].isupper()
-        and (not token.opens or token.text[1:2].isupper())
-        and token.low != "i"
-    )
+    """Of one with a capital letter."""
+    return token.kind == "word" and (not token.opens or token.text[1:2].isupper()) and token.low != "i"
 
 
 def _numbers(tokens: tuple[Token, ...]) -> list[str]:

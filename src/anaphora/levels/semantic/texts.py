@@ -39,7 +39,7 @@ class Prepared(msgspec.Struct, frozen=True, eq=False):
         return hash(self.text)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def prepare(text: str) -> Prepared:
     """About 0.1 ms for a question."""
     normal = normal_form(text)

@@ -80,9 +80,14 @@ def pieces_of(text: str) -> list[Piece]:
     return pieces
 
 
-def tokens_of(pieces: Iterable[Piece], language: Language) -> tuple[Token, ...]:
+def tokens_of(pieces: Iterable[Piece | str], language: Language) -> tuple[Token, ...]:
+    """A word alone opens no sentence, and no mark comes after it."""
     tokens: list[Token] = []
-    for kind, written, opens, after in pieces:
+    for piece in pieces:
+        if isinstance(piece, str):
+            tokens += _word(piece, False, "", language)
+            continue
+        kind, written, opens, after = piece
         if kind == "word":
             tokens += _word(written, opens, after, language)
         elif kind == "number":
