@@ -49,14 +49,49 @@ def test_blocks_get_the_names_that_chains_of_ours_have() -> None:
 
 
 def test_events_of_older_versions_are_lists() -> None:
-    first = ["BlockStored", [b"v0", b"v1"], None, TOKENS[:32], 16, None, "GPU", None, None, 0, "something new"]
+    first = [
+        "BlockStored",
+        [b"v0", b"v1"],
+        None,
+        TOKENS[:32],
+        16,
+        None,
+        "GPU",
+        None,
+        None,
+        0,
+        "full_attention",
+        None,
+        "something new",
+    ]
     events: list[Any] = [first, ["BlockRemoved", [b"v1"], "GPU"], ["AllBlocksCleared"]]
     expected = [BlocksStored(OURS[:2], (16, 16)), BlocksRemoved((OURS[1],)), BlocksCleared()]
     assert Translator(NAMESPACE).batch(batch(*events)) == expected
-    wrong: list[Any] = [["BlockStored", 7], ["Nothing"], [], [[]], ["BlockRemoved", [1.5]]]
-    for event in wrong:
-        with pytest.raises(ValueError, match="not a batch"):
-            Translator(NAMESPACE).batch(batch(event))
+
+
+def test_events_of_unknown_kinds_are_passed_over_and_the_others_are_heeded() -> None:
+    unknown: list[Any] = [
+        ["BlockStored", 7],
+        ["Nothing"],
+        [],
+        [[]],
+        3,
+        ["BlockRemoved", [1.5]],
+        {"type": "BlockMigrated", "to": 1},
+    ]
+    translator = Translator(NAMESPACE)
+    assert translator.batch(batch(*unknown, FIRST, *unknown)) == [BlocksStored(OURS[:2], (16, 16))]
+    assert translator.batch(batch(*unknown, removed([b"v1"]))) == [BlocksRemoved((OURS[1],))]
+
+
+def test_of_several_kinds_of_layers_those_of_full_attention_count() -> None:
+    translator = Translator(NAMESPACE)
+    sliding = stored([b"v0", b"v1"], None, TOKENS[:32], block_size=32, group_idx=0, kv_cache_spec_kind="sliding_window")
+    full = stored([b"v0", b"v1"], None, TOKENS[:32], group_idx=1, kv_cache_spec_kind="full_attention")
+    assert translator.batch(batch(sliding, full)) == [BlocksStored(OURS[:2], (16, 16))]
+    assert translator.block_size == 16
+    assert translator.batch(batch(removed([b"v0"], group_idx=0))) == []
+    assert translator.batch(batch(removed([b"v1"], group_idx=1))) == [BlocksRemoved((OURS[1],))]
 
 
 def test_hashes_may_be_numbers_and_unknown_fields_are_passed_over() -> None:

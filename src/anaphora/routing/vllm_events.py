@@ -8,7 +8,7 @@ when vLLM drops it. `Subscriber` reads the socket, and asks for batches that it 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +33,7 @@ class BlockStored(msgspec.Struct, tag=True, omit_defaults=True):
     lora_name: str | None = None
     extra_keys: list[Any] | None = None
     group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
 
 
 class BlockRemoved(msgspec.Struct, tag=True, omit_defaults=True):
@@ -47,21 +48,25 @@ class AllBlocksCleared(msgspec.Struct, tag=True, omit_defaults=True):
 
 class Batch(msgspec.Struct, array_like=True, omit_defaults=True):
     ts: float
-    events: list[BlockStored | BlockRemoved | AllBlocksCleared | list[Any]]
-    """Older versions write an event as a list of its fields, behind its name."""
+    events: list[msgspec.Raw]
     data_parallel_rank: int | None = None
 
 
 _decoder = msgspec.msgpack.Decoder(Batch)
+_event_decoder = msgspec.msgpack.Decoder(BlockStored | BlockRemoved | AllBlocksCleared | list[Any])
+"""Older versions write an event as a list of its fields, behind its name."""
 
 
 class Translator:
-    """Of one replica. `namespace` is what the router's own chains begin with; blocks of adapters and salts are passed over."""
+    """Of one replica. `namespace` is what the router's own chains begin with; blocks of adapters and salts are passed over.
+
+    Where layers of several kinds have blocks of their own, those of full attention tell how much of a prompt is there."""
 
     def __init__(self, namespace: bytes) -> None:
         self._namespace = namespace
         self._names: dict[bytes | int, BlockHash] = {}
         self._places: dict[bytes | int, set[str]] = {}
+        self._group: int | None = None
         self.block_size = 0
         """Of the blocks that were stored last. 0: none were yet."""
 
@@ -71,22 +76,28 @@ class Translator:
         self._places.clear()
 
     def batch(self, payload: bytes) -> list[CacheEvent]:
-        """What one message means. Raises ValueError where it is none of vLLM's."""
+        """What one message means; events of a kind that is not known are passed over. Raises ValueError where it is no batch
+        of vLLM's."""
         try:
             batch = _decoder.decode(payload)
-            heard = [_of_fields(event) if isinstance(event, list) else event for event in batch.events]
         except msgspec.MsgspecError as error:
             raise ValueError(f"not a batch of vLLM's events: {error}") from error
         events: list[CacheEvent] = []
-        for event in heard:
+        for event in _known(batch.events):
             if isinstance(event, BlockStored):
-                events.extend(self._stored(event))
+                events.extend(self._stored(event) if self._follows(event) else ())
             elif isinstance(event, BlockRemoved):
-                events.append(self._removed(event))
+                events.extend([self._removed(event)] if event.group_idx in (None, self._group) else ())
             else:
                 self.clear()
                 events.append(BlocksCleared())
         return events
+
+    def _follows(self, event: BlockStored) -> bool:
+        kind = event.kv_cache_spec_kind
+        if self._group is None and (kind is None or (("full" in kind or "mla" in kind) and "sliding" not in kind)):
+            self._group = event.group_idx
+        return event.group_idx in (None, self._group)
 
     def _stored(self, event: BlockStored) -> list[CacheEvent]:
         parent: bytes | None = self._namespace
@@ -121,6 +132,13 @@ _KINDS: dict[str, type[BlockStored | BlockRemoved | AllBlocksCleared]] = {
     "BlockRemoved": BlockRemoved,
     "AllBlocksCleared": AllBlocksCleared,
 }
+
+
+def _known(events: list[msgspec.Raw]) -> Iterator[BlockStored | BlockRemoved | AllBlocksCleared]:
+    for raw in events:
+        with contextlib.suppress(msgspec.MsgspecError):
+            event = _event_decoder.decode(raw)
+            yield _of_fields(event) if isinstance(event, list) else event
 
 
 def _of_fields(values: list[Any]) -> BlockStored | BlockRemoved | AllBlocksCleared:
