@@ -5,7 +5,8 @@ under uvicorn: it encodes the texts of a request in a thread, one request at a t
 answers with the vectors as base64. Ours begins each phase with nothing remembered. Both are one process with one processor
 thread for the model; encoder and wire format are the same. "cpu_ratio" compares the processor time that the two servers took
 for the same texts, which depends less on what else the machine does than "ratio", of the times on the clock, to which the
-client adds its own.
+client adds its own. A third server is the bare one without an encoder: from what HTTP alone takes there follows "cpu_bound",
+which "cpu_ratio" would be if texts that came before cost nothing but that.
 
     [ANAPHORA_DATA=...] python benchmarks/embeddings_http.py [--models minilm,static] [--rounds 2] [--repeats 0.6]
 """
@@ -57,10 +58,10 @@ def main() -> int:
     pool = texts()
     rows = []
     for model in args.models.split(","):
-        with sides(model) as (ours, bare):
+        with sides(model) as (ours, bare, http):
             for batch in args.batch:
                 for concurrency in args.concurrency:
-                    row = compared(ours, bare, model, batch, concurrency, pool, args)
+                    row = compared(ours, bare, http, model, batch, concurrency, pool, args)
                     print(json.dumps(row), file=sys.stderr, flush=True)
                     rows.append(row)
     print(json.dumps({**about(), "repeats": args.repeats, "rounds": args.rounds, "http": rows}, indent=1))
@@ -102,11 +103,11 @@ JSON = {"content-type": "application/json"}
 
 
 def compared(
-    ours: Side, bare: Side, model: str, batch: int, concurrency: int, pool: list[str], args: argparse.Namespace
+    ours: Side, bare: Side, http: Side, model: str, batch: int, concurrency: int, pool: list[str], args: argparse.Namespace
 ) -> dict[str, Any]:
     num_texts = max(LEAST_TEXTS[model], batch * concurrency)
-    clock: dict[Side, list[float]] = {ours: [], bare: []}
-    processor: dict[Side, list[float]] = {ours: [], bare: []}
+    clock: dict[Side, list[float]] = {ours: [], bare: [], http: []}
+    processor: dict[Side, list[float]] = {ours: [], bare: [], http: []}
     repeated = []
     for number in range(args.rounds):
         asked = drawn(num_texts, args.repeats, pool, random.Random(number))
@@ -115,10 +116,12 @@ def compared(
             json.dumps({"model": model, "input": asked[start : start + batch], "encoding_format": "base64"}).encode()
             for start in range(0, num_texts, batch)
         ]
-        for side in (ours, bare) if number % 2 else (bare, ours):
+        for side in (ours, bare, http) if number % 2 else (http, bare, ours):
             elapsed_s, used_s = asyncio.run(side.phase(model, bodies, concurrency))
             clock[side].append(elapsed_s)
             processor[side].append(used_s)
+    computing_s = sum(processor[bare]) - sum(processor[http])
+    new = 1 - statistics.mean(repeated)
     return {
         "model": model,
         "batch": batch,
@@ -130,6 +133,7 @@ def compared(
         "ours_cpu_ms_per_text": round(sum(processor[ours]) / num_texts / args.rounds * 1000, 3),
         "bare_cpu_ms_per_text": round(sum(processor[bare]) / num_texts / args.rounds * 1000, 3),
         "cpu_ratio": round(sum(processor[bare]) / sum(processor[ours]), 2),
+        "cpu_bound": round(sum(processor[bare]) / (sum(processor[http]) + new * max(0.0, computing_s)), 2),
     }
 
 
@@ -137,19 +141,19 @@ def compared(
 
 
 @contextlib.contextmanager
-def sides(model: str) -> Iterator[tuple[Side, Side]]:
-    """Ours and the bare one, both with the model loaded."""
+def sides(model: str) -> Iterator[tuple[Side, Side, Side]]:
+    """Ours and the bare one, both with the model loaded, and the bare one without a model."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory(prefix="anaphora-embeddings-") as folder, contextlib.ExitStack() as stack:
         serve = ["-m", "anaphora", "serve", "--engine", "echo", "--embeddings", model, "--port", "0", "--cache-dir", folder]
         found = []
-        for command in (serve, [__file__, "--bare", model]):
+        for command in (serve, [__file__, "--bare", model], [__file__, "--bare", f"{model} unloaded"]):
             url, process = stack.enter_context(listening([sys.executable, *command], environ))
             side = Side(url, process, remembers=command is serve)
             body = json.dumps({"model": model, "input": ["warm"], "encoding_format": "base64"}).encode()
             asyncio.run(side.phase(model, [body], 1))
             found.append(side)
-        yield found[0], found[1]
+        yield found[0], found[1], found[2]
 
 
 @contextlib.contextmanager
@@ -179,12 +183,16 @@ def serve_bare(model: str) -> None:
 
     from anaphora.registry import ENCODERS
 
-    encoder = ENCODERS.load(model)(threads=1)
+    kind = ENCODERS.load(model.removesuffix(" unloaded"))
+    encoder = None if model.endswith(" unloaded") else kind(threads=1)
     turn = asyncio.Lock()
 
     def encoded(asked: list[str]) -> tuple[list[str], int]:
         import numpy as np
 
+        if encoder is None:
+            nothing = b64encode(bytes(4 * kind.dimensions)).decode()
+            return [nothing] * len(asked), 0
         vectors = np.zeros((len(asked), encoder.dimensions), np.float32)
         order = sorted(range(len(asked)), key=lambda place: len(asked[place]))
         for start in range(0, len(order), PIECE):

@@ -62,6 +62,13 @@ class EncoderContract:
         assert np.abs(together - alone).max() < 1e-5
         assert np.abs(self.encoder.encode(TEXTS[::-1])[::-1] - together).max() < 1e-5
 
+    def test_a_text_whose_tokens_were_counted_before_is_the_same(self) -> None:
+        before = self.encoder.encode(TEXTS)
+        num_tokens = [self.encoder.num_tokens(text) for text in TEXTS]
+        for _ in range(2):
+            assert np.array_equal(self.encoder.encode(TEXTS), before)
+        assert [self.encoder.num_tokens(text) for text in TEXTS] == num_tokens
+
     def test_a_paraphrase_is_nearer_than_something_else(self) -> None:
         question, paraphrase, recipe = self.encoder.encode(TEXTS[:3])
         assert question @ paraphrase > question @ recipe + 0.1

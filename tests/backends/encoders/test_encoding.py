@@ -157,6 +157,85 @@ def test_who_asks_while_it_is_closed_or_afterwards_is_told() -> None:
     asyncio.run(main())
 
 
+class Meter:
+    """Processor time, of which more passes from one look to the next."""
+
+    def __init__(self) -> None:
+        self.takes_s = 0.0
+        self._used_s = 0.0
+
+    def __call__(self) -> float:
+        self._used_s += self.takes_s
+        return self._used_s
+
+
+def test_what_a_text_takes_is_the_median_of_the_latest_batches() -> None:
+    meter = Meter()
+    encoding = Encoding(Letters, options=BatchingOptions(most_tokens=20, most_items=4), used_s=meter)
+
+    async def main() -> None:
+        assert encoding.text_s is None
+        for takes_s, expected_s in ((9.0, 9.0), (2.0, 5.5), (2.0, 2.0), (4.0, 3.0)):
+            meter.takes_s = takes_s
+            await encoding.encode(["a"])
+            assert encoding.text_s == pytest.approx(expected_s)
+        meter.takes_s = 4.0
+        for _ in range(15):
+            await encoding.encode(["a", "b"])
+        assert encoding.text_s == pytest.approx(2.0)
+
+    asyncio.run(main())
+    encoding.close()
+
+
+def test_what_is_computed_faster_than_handed_over_is_computed_by_whoever_asks() -> None:
+    encoder, meter = Letters(), Meter()
+    encoding = Encoding(lambda: encoder, options=BatchingOptions(most_tokens=20, most_items=4), used_s=meter)
+
+    async def main() -> None:
+        await encoding.encode(["a"])
+        encoder.threads.clear()
+        vectors, num_tokens = await encoding.encode(["aa", "aaa"], whole=True)
+        assert (vectors[:, 0].tolist(), num_tokens) == ([2, 3], [2, 3])
+        assert encoder.threads == {threading.current_thread().name}
+        with pytest.raises(TextTooLong):
+            await encoding.encode(["a" * 11], whole=True)
+        with pytest.raises(BackendFailed, match="bad"):
+            await encoding.encode(["bad"])
+        encoder.threads.clear()
+        meter.takes_s = 9.0  # from now on the thread has to
+        for _ in range(20):
+            await encoding.encode(["a"])
+        encoder.threads.clear()
+        await encoding.encode(["a"])
+        assert threading.current_thread().name not in encoder.threads
+
+    asyncio.run(main())
+    encoding.close()
+
+
+def test_long_texts_and_those_that_come_while_it_computes_are_for_the_thread() -> None:
+    encoder = Letters()
+    encoding = Encoding(lambda: encoder, used_s=lambda: 0.0)
+
+    async def main() -> None:
+        await encoding.encode(["a"])
+        encoder.threads.clear()
+        await encoding.encode(["a" * 2001])
+        encoder.go.clear()
+        encoder.busy.clear()
+        one = asyncio.create_task(encoding.encode(["a" * 2001]))
+        await asyncio.to_thread(encoder.busy.wait, 60)
+        two = asyncio.create_task(encoding.encode(["b"]))
+        await asyncio.sleep(0)
+        encoder.go.set()
+        await asyncio.gather(one, two)
+        assert threading.current_thread().name not in encoder.threads
+
+    asyncio.run(main())
+    encoding.close()
+
+
 def test_an_encoder_that_cannot_be_loaded_fails_every_request_with_the_reason() -> None:
     def make() -> Encoder:
         raise ValueError("no such file")

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from anaphora.clock import Clock, ManualClock
 from anaphora.errors import BackendFailed, NotCached
 from anaphora.levels.embedding import Embedded, EmbeddingLevel, EmbeddingOptions, Encoded, Space, Storage
+from anaphora.levels.embedding.rows import read
 from anaphora.policies.lru import LRU
 from anaphora.store import Store
 from anaphora.tiers.base import Tier
@@ -411,3 +413,104 @@ def test_each_text_is_computed_exactly_once_however_requests_overlap(requests: l
                 assert np.allclose(row, vector(text), atol=1e-3)
 
     run(body)
+
+
+def test_a_vector_that_is_computed_faster_than_the_disk_keeps_it_stays_in_memory(tmp_path: Path) -> None:
+    async def body(level: EmbeddingLevel, compute: Counting, clock: ManualClock) -> None:
+        for texts, text_s in ((["a", "b"], 0.0009), (["c"], 0.001), (["d"], None)):  # the last costs money
+
+            async def fast(missing: list[str], text_s: float | None = text_s) -> Encoded:
+                return msgspec.structs.replace(await compute(missing), text_s=text_s)
+
+            assert origins(await level.embed(texts, space=MANN, compute=fast)) == (0, len(texts), 0)
+        await level.flush()
+        stats = await level.stats()
+        assert (stats["ram"].num_entries, stats["disk"].num_entries) == (4, 2)
+        assert origins(await level.embed(["d", "b", "c", "a"], space=MANN, compute=compute)) == (4, 0, 0)
+        receipt = await level.forget(Scope(tenant=MANN.tenant))
+        assert (receipt.removed, receipt.complete) == ({"ram": 4, "disk": 2}, True)
+        assert origins(await level.embed(["a", "c"], space=MANN, compute=compute)) == (0, 2, 0)
+
+    run(body, disk=tmp_path, disk_from_s=0.001)
+
+
+def test_what_another_process_forgets_is_not_known_here_either_wherever_it_was_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        compute, clock = Counting(), ManualClock()
+
+        async def fast(texts: list[str]) -> Encoded:
+            return msgspec.structs.replace(await compute(texts), text_s=0.0)
+
+        here, there = (make(clock, disk=tmp_path, disk_from_s=0.001) for _ in range(2))
+        await here.embed(["a"], space=MANN, compute=compute)
+        await here.embed(["b"], space=MANN, compute=fast)
+        await here.flush()
+        assert origins(await here.embed(["a", "b"], space=MANN, compute=compute)) == (2, 0, 0)
+        assert (await there.forget(Scope(tenant=MANN.tenant))).complete
+        assert origins(await here.embed(["a", "b"], space=MANN, compute=compute)) == (0, 2, 0)
+        await here.aclose()
+        await there.aclose()
+
+    asyncio.run(main())
+
+
+def test_memory_evicts_by_what_was_used_also_where_it_was_not_asked(tmp_path: Path) -> None:
+    async def body(level: EmbeddingLevel, compute: Counting, clock: ManualClock) -> None:
+        first = level._store._tiers[0]
+        for text in "abc":
+            await level.embed([text], space=MANN, compute=compute)
+        await level.embed(["b"], space=MANN, compute=compute)
+        await level.embed(["a"], space=MANN, compute=compute)
+        await level.embed(["d"], space=MANN, compute=compute)  # the store hears of uses before it takes it
+        assert isinstance(first, RamTier)
+        order = [first._entries[key].value for key in first._policy.victims()]
+        expected = [(await level.embed([text], space=MANN, compute=compute)).vectors for text in "cbad"]
+        assert [read([row])[0].tolist() for row in order] == [some.tolist() for some in expected]
+
+    run(body)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("embed"), st.sampled_from(["mann", "other"]), st.lists(st.sampled_from("abcd"), max_size=5)),
+    st.tuples(st.just("fast"), st.sampled_from(["mann", "other"]), st.lists(st.sampled_from("abcd"), max_size=5)),
+    st.tuples(st.just("forget"), st.sampled_from(["mann", "other"]), st.just([])),
+    st.tuples(st.just("drop"), st.sampled_from(["mann", "other"]), st.just([])),
+    st.tuples(st.just("wait"), st.just(""), st.just([])),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(STEPS, max_size=25), st.sampled_from([0, 1500, 1 << 20]))
+def test_whatever_happens_a_text_is_known_exactly_as_long_as_it_is_remembered(
+    steps: list[tuple[str, str, list[str]]], recent_bytes: int
+) -> None:
+    """The same history with and without a copy of what was asked for lately, and by hand."""
+
+    async def body(level: EmbeddingLevel, compute: Counting, clock: ManualClock) -> None:
+        alive: dict[tuple[str, str], float] = {}
+        for step, tenant, texts in steps:
+            scope = Scope(tenant=Tenant(tenant))
+            if step == "wait":
+                clock.advance(4)
+                alive = {place: until_s for place, until_s in alive.items() if until_s > clock.now_s()}
+            elif step in ("forget", "drop"):
+                if step == "forget":
+                    await level.forget(scope)
+                else:
+                    level.drop(scope)
+                alive = {place: until_s for place, until_s in alive.items() if place[0] != tenant}
+            else:
+
+                async def computed(missing: list[str], step: str = step) -> Encoded:
+                    return msgspec.structs.replace(await compute(missing), text_s=0.0 if step == "fast" else None)
+
+                compute.batches.clear()
+                found = await level.embed(texts, space=Space(Tenant(tenant), "m", "f"), compute=computed)
+                new = [text for text in dict.fromkeys(texts) if (tenant, text) not in alive]
+                assert compute.batches == ([new] if new else [])
+                assert origins(found) == (len(set(texts)) - len(new), len(new), len(texts) - len(set(texts)))
+                for text, row in zip(texts, found.vectors, strict=True):
+                    assert np.allclose(row, vector(text), atol=1e-3)
+                alive |= dict.fromkeys([(tenant, text) for text in new], clock.now_s() + 10)
+
+    run(body, ttl_s=10, disk_from_s=0.001, recent_bytes=recent_bytes)

@@ -22,7 +22,8 @@ class Encoder(Protocol):
     """Texts to vectors of length 1. Used by one thread at a time; every call blocks.
 
     What a text becomes does not depend on its neighbours in a batch, but for the rounding of sums. Made by its class with
-    `threads`, how many it may use for one batch; all but `fingerprint` can be asked of the class itself."""
+    `threads`, how many it may use for one batch; all but `fingerprint` can be asked of the class itself. That may also have
+    `batching`, of the type `BatchingOptions`: what it computes best together."""
 
     @property
     def name(self) -> str:

@@ -101,16 +101,17 @@ class Uses:
     """What was used and of which the store does not know yet. It need not before it evicts, which it does when something is
     put: until then several uses of one text count as one, the latest."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = _MAX_USES) -> None:
+        """So many, and those of one text are put together before the store asks."""
+        self._limit = limit
         self._batches: list[Sequence[Known | None]] = []
         self._num = 0
 
     def note(self, used: Sequence[Known | None]) -> None:
         self._batches.append(used)
         self._num += len(used)
-        if self._num > _MAX_USES:
-            once = self.take()
-            self._batches = [once]
+        if self._num > self._limit:
+            self._batches = [self.take()]
 
     def take(self) -> list[Known]:
         """All of them, which are then told, in the order of their last use."""
