@@ -29,9 +29,26 @@ def test_a_small_load_is_replayed_without_any_data(
     assert all(0 <= row["hit_rate"] <= 1 and row["first_p50_s"] <= row["first_p99_s"] for row in trace["rows"])
 
 
+def test_several_draws_are_told_together_too(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "routing", "--trace", "generated", "--replicas", "2", "--loads", "0.5", "--requests", "40"]
+    assert main([*command, "--strategies", "expected,prefix,usage", "--seeds", "1,2,3", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [trace["seed"] for trace in figures["traces"]] == [1, 2, 3]
+    assert [(one["strategy"], one["num_draws"]) for one in figures["spreads"]] == [("prefix", 3), ("usage", 3)]
+    assert main([*command, "--strategies", "expected,prefix", "--seeds", "1,2,3"]) == 0
+    assert "Over all draws" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [["--loads", "much"], ["--loads", "0"], ["--strategies", "guessing"], ["--trace", "mooncake"], ["--capacity", "-1"]],
+    [
+        ["--loads", "much"],
+        ["--loads", "0"],
+        ["--strategies", "guessing"],
+        ["--trace", "mooncake"],
+        ["--trace", "mooncake", "--seeds", "1"],
+        ["--capacity", "-1"],
+    ],
 )
 def test_what_cannot_be_run_is_said(
     wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -65,3 +82,10 @@ def test_traces_are_read_with_full_blocks_only_and_sessions_apart(tmp_path: Path
     assert arrivals[0].question == arrivals[1].question
     assert not set(arrivals[0].question.blocks) & set(arrivals[2].question.blocks)
     assert arrivals[0].question.ends == (512,)
+    drawn = traces.claude_code(tmp_path, seed=1)
+    assert {one.question.blocks for one in drawn} == {one.question.blocks for one in arrivals}
+    assert drawn == traces.claude_code(tmp_path, seed=1) != traces.claude_code(tmp_path, seed=2)
+    for number in range(2):  # one session each two minutes, begun at some moment of them
+        first, second = drawn[2 * number : 2 * number + 2]
+        assert 120 * number <= first.at_s - 5.0 <= 120 * (number + 1)
+        assert second.at_s == pytest.approx(first.at_s + 1.0)

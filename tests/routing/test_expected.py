@@ -122,6 +122,18 @@ def test_computing_again_counts_more_where_others_would_have_to_wait_for_it() ->
     assert parts[0] < parts[1] / 10
 
 
+def test_how_much_comes_to_a_replica_is_known_soon() -> None:
+    """And not only when it was watched for as long as it remembers."""
+    parts = []
+    for num_seconds in (20, 400):
+        world = World(Expected(), fleet("one", capacity_tokens=None))
+        for second in range(num_seconds):
+            world.answer(chain(f"stranger {second}", 100), float(second))
+        world.begin(chain("long", 200), float(num_seconds))
+        parts.append(pick(world.strategy, chain("a", 100), world.replicas, float(num_seconds)).reasons["behind"])
+    assert 0.6 < parts[0] / parts[1] < 1.1
+
+
 def test_what_is_late_everywhere_is_held_against_nobody() -> None:
     world = World(Expected(), fleet("one", "two", capacity_tokens=1_000_000))
     place = world.answer(chain("talk", 1), 0.0, first_s=2.0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anaphora.routing.rates import Decaying, Factor, Rates
+from anaphora.routing.rates import Decaying, Factor, Rates, gathered_s
 
 
 def test_rates_are_found_whatever_was_thought_before() -> None:
@@ -34,6 +34,14 @@ def test_what_was_added_fades() -> None:
     assert sum_(10.0) == pytest.approx(8 / 2.718281828)
     sum_.add(1.0, 1000.0)
     assert sum_(1000.0) == pytest.approx(1.0)
+
+
+@given(st.floats(1, 1000), st.floats(0.1, 5000))
+def test_even_traffic_gathers_to_what_it_is_divided_by(time_s: float, watched_s: float) -> None:
+    recent, parts = Decaying(time_s), 500
+    for part in range(1, parts + 1):
+        recent.add(watched_s / parts, watched_s * part / parts)
+    assert recent(watched_s) == pytest.approx(gathered_s(time_s, watched_s), rel=0.01 + watched_s / parts / time_s)
 
 
 def test_replicas_that_are_alike_but_for_chance_stay_alike() -> None:

@@ -32,6 +32,7 @@ EXAMPLES = """\
   ANAPHORA_DATA=DIR anaphora bench routing           both traces, five loads, every strategy: ten minutes
   anaphora bench routing --trace generated           a small generated load, which needs no data
   anaphora bench routing --trace mooncake --replicas 4 --loads 0.8 --strategies expected,prefix
+  anaphora bench routing --trace generated --seeds 1,2,3,4,5,6 --strategies expected,prefix
   anaphora bench routing --token-s 100e-6 --capacity 300000 --json > slower.json
 """
 
@@ -59,7 +60,14 @@ def register(benchmarks: Commands) -> None:
         "--strategies",
         default=",".join((*ROUTING.builtin, "oracle")),
         metavar="NAMES",
-        help="which ones; oracle sees all caches and queues (default: %(default)s)",
+        help="which ones, the first of them compared with each other one; oracle sees all caches and queues "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="NUMBERS",
+        help="instead of what was recorded, one draw for each: claude-code's sessions in another order, another generated load",
     )
     parser.add_argument("--requests", type=_positive, metavar="N", help="only the first N of each trace")
     for _, flag, text in SPEEDS:
@@ -75,20 +83,32 @@ def run(args: argparse.Namespace) -> int:
     speed = _speed(args)
     loads = _loads(args.loads)
     strategies = {name: _strategy(name) for name in args.strategies.split(",") if name}
-    compared = []
+    compared: list[comparison.Comparison] = []
+    spreads: list[comparison.Spread] = []
     with progress() as step:
         for trace in _traces(args.trace):
-            arrivals = _arrivals(trace)[: args.requests]
-            compared.append(
-                comparison.compare(
-                    trace, arrivals, strategies, loads=loads, num_replicas=args.replicas, speed=speed, progress=step
+            draws = []
+            for seed in args.seeds or (None,):
+                arrivals = _arrivals(trace, seed)[: args.requests]
+                draws.append(
+                    comparison.compare(
+                        trace,
+                        arrivals,
+                        strategies,
+                        loads=loads,
+                        num_replicas=args.replicas,
+                        speed=speed,
+                        progress=step,
+                        seed=seed,
+                    )
                 )
-            )
-    figures = {**machine(), "traces": [msgspec.to_builtins(one) for one in compared]}
+            compared += draws
+            spreads += comparison.spreads(draws)
+    figures = {**machine(), "traces": msgspec.to_builtins(compared), "spreads": msgspec.to_builtins(spreads)}
     text = json.dumps(figures, indent=2)
     if args.output:
         Path(args.output).write_text(text + "\n")
-    print(text) if args.json else _tables(figures["traces"])
+    print(text) if args.json else _tables(figures["traces"], figures["spreads"])
     return 0
 
 
@@ -101,15 +121,17 @@ def _traces(named: Sequence[str] | None) -> Sequence[str]:
     return ("generated",)
 
 
-def _arrivals(trace: str) -> list[Any]:
+def _arrivals(trace: str, seed: int | None) -> list[Any]:
     from anaphora.routing import traces
 
     if trace == "generated":
-        return list(traces.generated())
+        return list(traces.generated(seed=1 if seed is None else seed))
+    if trace == "mooncake" and seed is not None:
+        raise ConfigError("--seeds: mooncake has no sessions that could come in another order; name another --trace")
     data = os.environ.get("ANAPHORA_DATA")
     if not data:
         raise ConfigError(f"--trace {trace}: set ANAPHORA_DATA to the folder with the traces")
-    return list(traces.mooncake(Path(data)) if trace == "mooncake" else traces.claude_code(Path(data)))
+    return list(traces.mooncake(Path(data)) if trace == "mooncake" else traces.claude_code(Path(data), seed))
 
 
 def _strategy(name: str) -> Callable[[], Any]:
@@ -151,7 +173,11 @@ def _positive(text: str) -> int:
     return number
 
 
-def _tables(compared: Sequence[dict[str, Any]]) -> None:
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _tables(compared: Sequence[dict[str, Any]], spreads: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -160,14 +186,35 @@ def _tables(compared: Sequence[dict[str, Any]]) -> None:
         title = (
             f"{one['trace']}: {one['num_requests']} requests, {one['num_replicas']} replicas, "
             f"saturation {one['saturation_per_s']:.2f}/s"
-        )
-        table = Table("load", "strategy", "hit rate", "first p50", "p90", "p99", "whole", "imbalance", title=title)
+        ) + ("" if one["seed"] is None else f", seed {one['seed']}")
+        share = f"{one['rows'][0]['strategy']}'s share"
+        table = Table("load", "strategy", "hit rate", "first p50", "p90", share, "p99", "whole", "imbalance", title=title)
         for row in one["rows"]:
             table.add_row(
                 f"{row['load']:.0%}",
                 row["strategy"],
                 f"{row['hit_rate']:.1%}",
-                *(f"{row[name]:.2f} s" for name in ("first_p50_s", "first_p90_s", "first_p99_s", "whole_mean_s")),
+                *(f"{row[name]:.2f} s" for name in ("first_p50_s", "first_p90_s")),
+                _share(row["first_share"]),
+                *(f"{row[name]:.2f} s" for name in ("first_p99_s", "whole_mean_s")),
                 f"{row['imbalance']:.2f}",
             )
         console.print(table)
+    if spreads:
+        table = Table(
+            "trace",
+            "load",
+            "strategy",
+            "draws",
+            "above",
+            f"{compared[0]['rows'][0]['strategy']}'s share",
+            title="Over all draws",
+        )
+        for one in spreads:
+            counts = (str(one["num_draws"]), str(one["num_above"]))
+            table.add_row(one["trace"], f"{one['load']:.0%}", one["strategy"], *counts, _share(one["mean"]))
+        console.print(table)
+
+
+def _share(share: dict[str, float] | None) -> str:
+    return "" if share is None else f"{share['share']:.2f} ({share['low']:.2f}–{share['high']:.2f})"

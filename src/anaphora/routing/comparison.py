@@ -1,9 +1,16 @@
-"""All strategies over the same arrivals, at several loads."""
+"""All strategies over the same arrivals, at several loads.
+
+One trace is one draw: who happens to begin beside whom moves the tail by more than strategies differ at times. So the first
+strategy is compared with each other one in two ways: over the same trace resampled in stretches, and over other draws.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from statistics import NormalDist, fmean, stdev
 
 import msgspec
 
@@ -11,6 +18,21 @@ from anaphora.routing.base import Replica, Strategy
 from anaphora.routing.round_robin import RoundRobin
 from anaphora.routing.simulation import Arrival, Outcome, Speed, replay
 from anaphora.routing.traces import scaled
+
+_NUM_STRETCHES = 50
+"""Requests that come close to one another wait for one another: they are drawn together."""
+_NUM_RESAMPLES = 400
+_TAIL = 0.9
+_SURE = 0.95
+
+
+class Share(msgspec.Struct, frozen=True):
+    """The first strategy's time to the first token, 90 of 100 within, as a share of another one's."""
+
+    share: float
+    low: float
+    high: float
+    """Between `low` and `high` in 95 of 100 draws."""
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -26,6 +48,8 @@ class Figures(msgspec.Struct, frozen=True):
     whole_mean_s: float
     imbalance: float
     """Requests of the replica that got the most, in shares of the mean."""
+    first_share: Share | None = None
+    """None: it is the first strategy itself."""
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -36,6 +60,20 @@ class Comparison(msgspec.Struct, frozen=True):
     """The rate at which prefills alone fill the replicas' time if they are sent round robin."""
     speed: Speed
     rows: list[Figures]
+    seed: int | None = None
+    """Of a draw; None: as recorded."""
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """What several draws of one trace say together."""
+
+    trace: str
+    load: float
+    strategy: str
+    num_draws: int
+    num_above: int
+    """Of them with a share above 1."""
+    mean: Share
 
 
 def compare(
@@ -47,6 +85,7 @@ def compare(
     num_replicas: int,
     speed: Speed,
     progress: Callable[[str], None],
+    seed: int | None = None,
 ) -> Comparison:
     replicas = [Replica(f"replica-{number}", capacity_tokens=speed.capacity_tokens) for number in range(num_replicas)]
     speeds = {replica.name: speed for replica in replicas}
@@ -56,17 +95,78 @@ def compare(
     rows = []
     for load in loads:
         paced = scaled(arrivals, load * saturation_per_s / recorded_per_s)
+        first: Sequence[Outcome] | None = None
         for name, strategy in strategies.items():
             progress(f"{trace}: load {load:.0%}, {name}")
             outcomes = replay(paced, speeds, strategy(), replicas).outcomes
-            rows.append(figures(name, load, load * saturation_per_s, outcomes, num_replicas))
-    return Comparison(trace, len(arrivals), num_replicas, saturation_per_s, speed, rows)
+            share = None if first is None else resampled(first, outcomes)
+            first = first or outcomes
+            rows.append(figures(name, load, load * saturation_per_s, outcomes, num_replicas, share))
+    return Comparison(trace, len(arrivals), num_replicas, saturation_per_s, speed, rows, seed)
 
 
-def figures(strategy: str, load: float, requests_per_s: float, outcomes: Sequence[Outcome], num_replicas: int) -> Figures:
+def resampled(first: Sequence[Outcome], other: Sequence[Outcome]) -> Share:
+    """Of the same arrivals: stretches of them are drawn again and again, the same ones for both."""
+    length = max(1, len(first) // _NUM_STRETCHES)
+    stretches = [
+        tuple(sorted(outcome.first_s for outcome in outcomes[begin : begin + length]) for outcomes in (first, other))
+        for begin in range(0, len(first), length)
+    ]
+    rng = Random(1)
+    shares = []
+    for _ in range(_NUM_RESAMPLES):
+        drawn = rng.choices(stretches, k=len(stretches))
+        mine, its = ([first_s for stretch in drawn for first_s in stretch[which]] for which in (0, 1))
+        shares.append(_tail(mine) / _tail(its))
+    shares.sort()
+    whole = _tail([outcome.first_s for outcome in first]) / _tail([outcome.first_s for outcome in other])
+    margin = (1 - _SURE) / 2
+    return Share(*(round(share, 4) for share in (whole, _quantile(shares, margin), _quantile(shares, 1 - margin))))
+
+
+def spreads(draws: Sequence[Comparison]) -> list[Spread]:
+    """Over draws of one trace: the geometric mean of the shares, and where it lies with 95 %. Empty for fewer than three."""
+    if len(draws) < 3:
+        return []
+    shares: dict[tuple[float, str], list[float]] = {}
+    for row in (row for draw in draws for row in draw.rows):
+        if row.first_share is not None:
+            shares.setdefault((row.load, row.strategy), []).append(row.first_share.share)
+    return [
+        Spread(draws[0].trace, load, strategy, len(found), sum(share > 1 for share in found), _mean(found))
+        for (load, strategy), found in shares.items()
+    ]
+
+
+def _mean(shares: Sequence[float]) -> Share:
+    logarithms = [math.log(share) for share in shares]
+    mean = fmean(logarithms)
+    # Draws are few: the normal quantile, widened as Student's is to its first order.
+    sure = NormalDist().inv_cdf((1 + _SURE) / 2)
+    sure += (sure**3 + sure) / (4 * (len(shares) - 1))
+    margin = sure * stdev(logarithms) / math.sqrt(len(shares))
+    return Share(*(round(math.exp(value), 4) for value in (mean, mean - margin, mean + margin)))
+
+
+def _tail(first_s: Sequence[float]) -> float:
+    return _quantile(sorted(first_s), _TAIL)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    return ordered[int((len(ordered) - 1) * share)]
+
+
+def figures(
+    strategy: str,
+    load: float,
+    requests_per_s: float,
+    outcomes: Sequence[Outcome],
+    num_replicas: int,
+    first_share: Share | None = None,
+) -> Figures:
     first = sorted(outcome.first_s for outcome in outcomes)
     counts = Counter(outcome.replica for outcome in outcomes)
-    p50, p90, p99 = (round(first[int((len(first) - 1) * share)], 4) for share in (0.5, 0.9, 0.99))
+    p50, p90, p99 = (round(_quantile(first, share), 4) for share in (0.5, _TAIL, 0.99))
     return Figures(
         strategy,
         load,
@@ -77,4 +177,5 @@ def figures(strategy: str, load: float, requests_per_s: float, outcomes: Sequenc
         p99,
         round(sum(outcome.whole_s for outcome in outcomes) / len(outcomes), 4),
         round(max(counts.values()) * num_replicas / len(outcomes), 3),
+        first_share,
     )

@@ -33,10 +33,12 @@ import msgspec
 from anaphora.routing.base import CacheEvent, Choice, Load, Question, Replica, RequestId
 from anaphora.routing.holdings import Holdings, Trail
 from anaphora.routing.inflight import InFlight, Sent
-from anaphora.routing.rates import Decaying
+from anaphora.routing.rates import Decaying, gathered_s
 from anaphora.routing.room import Room, whole_tokens
 from anaphora.routing.timing import Prefill, Timing, prefill
 
+_BEGAN_BEFORE_S = 5.0
+"""Traffic counts as if it had been watched for so long when the first request comes: one request is no rate."""
 _SAME_MOMENT_S = 0.002
 """First tokens that come so close to one another were computed in one step."""
 
@@ -78,6 +80,8 @@ class _Fleet(NamedTuple):
 
     busy: float
     """Share of their time that they spend on prefills; at most nine tenths."""
+    watched: float
+    """Share of what sums over recent traffic come to that they have come to yet: less than all of it at the beginning."""
     late_s: float
     """How much later than expected a first token came on average: what is late everywhere tells nothing of one of them."""
 
@@ -113,6 +117,7 @@ class Expected:
         self._pools: dict[str, str] = {}
         self._turn = 0
         self._mean_prefill_s = 0.0
+        self._began_s: float | None = None
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
@@ -143,8 +148,10 @@ class Expected:
         states = [self._state(replica) for replica in replicas if replica.open]
         recent_s = sum(state.recent_s(now_s) for state in states)
         late_s, weight = sum(state.late_s(now_s) for state in states), sum(state.late_weight(now_s) for state in states)
-        busy = min(0.9, recent_s / (self._options.overlap_s * max(1, len(states))))
-        return _Fleet(busy, late_s / weight if weight > 0 else 0.0)
+        overlap_s, began_s = self._options.overlap_s, now_s if self._began_s is None else self._began_s
+        watched = gathered_s(overlap_s, now_s - began_s + _BEGAN_BEFORE_S) / overlap_s
+        busy = min(0.9, recent_s / (watched * overlap_s * max(1, len(states))))
+        return _Fleet(busy, watched, late_s / weight if weight > 0 else 0.0)
 
     def _estimate(
         self, question: Question, replica: Replica, state: _State, fleet: _Fleet, now_s: float
@@ -168,7 +175,8 @@ class Expected:
         alone_s = timing.token_s(replica.name, beside / 2, state.room.whole_tokens / 2)
         overlap = options.overlap_s / answer_s if answer_s > 0 else 0.0
         stalled_s = (decoding + foreign) * (timing.stall * prefill_s + question.output_tokens * (token_s - alone_s))
-        behind = state.recent_requests(now_s) / options.overlap_s * (queue_s + prefill_s / 2) / (1 - fleet.busy)
+        requests_per_s = state.recent_requests(now_s) / (fleet.watched * options.overlap_s)
+        behind = requests_per_s * (queue_s + prefill_s / 2) / (1 - fleet.busy)
         late_s = max(0.0, (state.late_s(now_s) + 4 * fleet.late_s) / (4 + state.late_weight(now_s)))
         failures = state.failures(now_s)
         parts = {
@@ -223,6 +231,7 @@ class Expected:
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def began(self, request: RequestId, question: Question, choice: Choice, now_s: float) -> None:
+        self._began_s = now_s if self._began_s is None else self._began_s
         name = choice.replica
         state, timing = self._states[name], self._timing(name)
         decoding = sum(1 for one in self.in_flight.of(name) if one.first_s is not None)

@@ -71,6 +71,11 @@ class Decaying:
         return self._value * math.exp(-max(0.0, now_s - self._at_s) / self._time_s)
 
 
+def gathered_s(time_s: float, watched_s: float) -> float:
+    """Seconds' worth of even traffic that a `Decaying` sum holds after `watched_s`: as many at first, `time_s` in the end."""
+    return -time_s * math.expm1(-watched_s / time_s)
+
+
 class Factor:
     """How many times longer things take here than in the whole pool, as far as it is more than chance.
 

@@ -37,19 +37,25 @@ def mooncake(data: Path) -> list[Arrival]:
     ]
 
 
-def claude_code(data: Path) -> list[Arrival]:
-    """Sessions of a coding agent: long prompts that grow by a little with every turn."""
+def claude_code(data: Path, seed: int | None = None) -> list[Arrival]:
+    """Sessions of a coding agent: long prompts that grow by a little with every turn. With a seed they come in another order,
+    each begun at some moment of its two minutes."""
     path = _found(data / "kv-cache-tester" / "claude_code_traces_mod8_1.tar.gz")
     arrivals: list[Arrival] = []
     with tarfile.open(path) as archive:
         members = sorted((m for m in archive.getmembers() if m.name.endswith(".json")), key=lambda m: m.name)
-        for number, member in enumerate(members):
+        begins_s = [SESSIONS_APART_S * number for number in range(len(members))]
+        if seed is not None:
+            rng = Random(seed)
+            rng.shuffle(members)
+            begins_s = [begin_s + rng.uniform(0, SESSIONS_APART_S) for begin_s in begins_s]
+        for begin_s, member in zip(begins_s, members, strict=True):
             file = archive.extractfile(member)
             assert file is not None
             session = json.load(file)
             for row in _all_requests(session["requests"]):
                 asked = _asked(session["id"], row["hash_ids"][_COARSE - 1 :: _COARSE], 64 * _COARSE, row["in"])
-                arrivals.append(Arrival(SESSIONS_APART_S * number + float(row["t"]), asked, max(1, row["out"])))
+                arrivals.append(Arrival(begin_s + float(row["t"]), asked, max(1, row["out"])))
     return sorted(arrivals, key=lambda arrival: arrival.at_s)
 
 
