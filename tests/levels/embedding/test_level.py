@@ -470,7 +470,7 @@ def test_memory_evicts_by_what_was_used_also_where_it_was_not_asked(tmp_path: Pa
     run(body)
 
 
-STEPS = st.one_of(
+STEPS: st.SearchStrategy[tuple[str, str, list[str]]] = st.one_of(
     st.tuples(st.just("embed"), st.sampled_from(["mann", "other"]), st.lists(st.sampled_from("abcd"), max_size=5)),
     st.tuples(st.just("fast"), st.sampled_from(["mann", "other"]), st.lists(st.sampled_from("abcd"), max_size=5)),
     st.tuples(st.just("forget"), st.sampled_from(["mann", "other"]), st.just([])),
