@@ -15,10 +15,12 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
+from anaphora.backends.patience import grace_s
 from anaphora.errors import ConfigError
 
-_IDLE_S = 30.0
-"""A connection that nobody used for so long is closed."""
+_IDLE_S, _IDLE_PLAIN_S = 30.0, 4.0
+"""A connection that nobody used for so long is closed. One without TLS is soon made again, and many servers (vLLM, whatever runs on
+uvicorn) close theirs after 5 s: perhaps just when a request is on its way, of which nobody knows then whether it was seen."""
 _DRAIN_S = 1.0
 """How long the end of a body may take behind all that was of interest, for its connection to be used again."""
 
@@ -38,6 +40,8 @@ class Reply:
         self._response = response
         self._due_s: float | None = None
         """When whoever waits has waited long enough, by the event loop's clock."""
+        self._grace_s = 0.0
+        """For how much longer, if this process is held up."""
         self._timer: asyncio.TimerHandle | None = None
         self._looks_s = inf
         """When the timer looks."""
@@ -68,6 +72,7 @@ class Reply:
         """A timer that is set once and looks then whether it is really time: setting one for each chunk costs more than
         reading it."""
         due_s = self._due_s = self._loop.time() + within_s
+        self._grace_s = within_s
         if due_s < self._looks_s:
             self._look_at(due_s)
 
@@ -77,14 +82,19 @@ class Reply:
         self._timer, self._looks_s = self._loop.call_at(at_s, self._look), at_s
 
     def _look(self) -> None:
-        self._timer, self._looks_s = None, inf
+        looked_s, self._timer, self._looks_s = self._looks_s, None, inf
         if self._due_s is None:  # nobody waits
             return
-        if self._loop.time() < self._due_s:
-            self._look_at(self._due_s)
-        else:
-            self._late = True
-            self._response.content.set_exception(TimeoutError())
+        now_s = self._loop.time()
+        if now_s >= self._due_s:
+            more_s = grace_s(max(self._due_s, looked_s), now_s, self._grace_s)
+            if not more_s:
+                self._late = True
+                self._response.content.set_exception(TimeoutError())
+                return
+            self._grace_s -= more_s
+            self._due_s = now_s + more_s
+        self._look_at(self._due_s)
 
     async def read(self, limit: int | None = None) -> bytes:
         """All of it, or a little more than `limit` bytes. Raises Unreachable."""
@@ -148,8 +158,9 @@ class Http:
             verify = ssl.create_default_context(cafile=self._ca_file) if self._ca_file else True
         except OSError as error:
             raise ConfigError(f"ca_file cannot be used: {error}") from error
+        idle_s = _IDLE_PLAIN_S if self._server.startswith("http:") else _IDLE_S
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=verify, keepalive_timeout=_IDLE_S),
+            connector=aiohttp.TCPConnector(limit=0, ssl=verify, keepalive_timeout=idle_s),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
             cookie_jar=aiohttp.DummyCookieJar(),  # what one client is given is not for the next
             headers=self._headers,

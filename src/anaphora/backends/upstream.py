@@ -20,6 +20,7 @@ from anaphora import __version__
 from anaphora.backends.base import Foreign, Forwarded
 from anaphora.backends.http import Http, Reply, Unreachable
 from anaphora.backends.optimising import OptimiserOptions, Optimising, Sending
+from anaphora.backends.patience import HELD_UP_S, patience
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
 from anaphora.types import (
@@ -50,7 +51,7 @@ PASSED_ON = ("anthropic-ratelimit-", "x-ratelimit-", "openai-", "anthropic-organ
 _NO_TOKEN, _NO_MORE, _NOT_OVER = "no first token came", "nothing more came", "the answer was not over"
 
 _MAX_ERROR_BODY = 1 << 20
-_TEXT_S, _MAX_TEXT = 5.0, 1 << 24
+_TEXT_S, _TOKENIZE_S, _MAX_TEXT = 5.0, 10.0, 1 << 24
 
 
 class UpstreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -229,7 +230,7 @@ class Upstream:
         try:
             reply = await self._begun(sent, dialect, whole)
             try:
-                async with asyncio.timeout(self.options.first_s):
+                async with patience(self.options.first_s):
                     data = await reply.read()
             finally:
                 reply.close()
@@ -253,7 +254,7 @@ class Upstream:
                 body.pop(key, None)
         sent = self._request(request, f"{dialect.path}/count_tokens", encode(body))
         try:
-            async with asyncio.timeout(self.options.first_s):
+            async with patience(self.options.first_s):
                 reply = await self._head(sent, dialect, body)
                 try:
                     data = await reply.read()
@@ -276,14 +277,14 @@ class Upstream:
             return []
         sent = self._request(request, "/tokenize", encode(body))
         try:
-            async with asyncio.timeout(self.options.first_s):
+            async with patience(_TOKENIZE_S):
                 reply = await self._http.send(*sent)
                 try:
                     data = await reply.read(_MAX_TEXT)
                 finally:
                     reply.close()
         except TimeoutError as error:
-            raise self._late("it did not tokenize", self.options.first_s) from error
+            raise self._late("it did not tokenize", _TOKENIZE_S) from error
         except Unreachable as error:
             raise self._unreachable(error, body) from error
         if reply.status in (404, 405, 501):
@@ -317,7 +318,7 @@ class Upstream:
         headers = dict((*native.headers, *key))
         sent = _Sent(asked.method, self._base + asked.path, native.body, headers)
         try:
-            async with asyncio.timeout(self.options.first_s):
+            async with patience(self.options.first_s):
                 reply = await self._http.send(*sent)
         except TimeoutError as error:
             raise self._late("no answer came", self.options.first_s) from error
@@ -348,7 +349,7 @@ class Upstream:
         """What it says at `path`, a few seconds at most. Raises UpstreamFailed."""
         headers = dict(self._key_header())
         try:
-            async with asyncio.timeout(_TEXT_S):
+            async with patience(_TEXT_S):
                 reply = await self._http.send("GET", self._base + path, b"", headers)
                 try:
                     data = await reply.read(_MAX_TEXT)
@@ -419,7 +420,7 @@ class Upstream:
         if body.get("stream") and self.options.first_s < within_s:
             what, within_s = _NO_TOKEN, self.options.first_s
         try:
-            async with asyncio.timeout(within_s):
+            async with patience(within_s):
                 return await self._head(sent, dialect, body)
         except TimeoutError as error:
             raise self._late(what, within_s) from error
@@ -436,7 +437,7 @@ class Upstream:
 
     async def _whole(self, reply: Reply, started_s: float) -> bytes:
         try:
-            async with asyncio.timeout(self.options.total_s - (self._clock.monotonic_s() - started_s)):
+            async with patience(self.options.total_s - (self._clock.monotonic_s() - started_s)):
                 return await reply.read()
         except TimeoutError as error:
             raise self._late(_NOT_OVER, self.options.total_s) from error
@@ -451,7 +452,7 @@ class Upstream:
         if left_s < within_s:
             what, allowed_s, within_s = _NOT_OVER, options.total_s, left_s
         try:
-            chunk = await reply.chunk(max(0.0, within_s))
+            chunk = await reply.chunk(max(HELD_UP_S, within_s))
         except TimeoutError as error:
             raise self._late(what, allowed_s, elsewhere=not said) from error
         if not chunk:

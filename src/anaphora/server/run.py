@@ -41,6 +41,9 @@ from anaphora.sums import Sums
 from anaphora.types import Owner
 
 DRAIN_S = 30
+KEEP_ALIVE_S = 75
+"""For how long a connection may rest between two requests: longer than clients and what stands between keep theirs (5 s and
+60 s are usual), so that they close it, and never we just when a request is on its way."""
 BACKLOG = 2048
 _YOUNG_S = 5.0
 """A worker that dies younger than this is not brought back at once."""
@@ -167,6 +170,7 @@ async def answer(
         proxy_headers=False,  # nothing depends on where a client is
         server_header=False,
         timeout_graceful_shutdown=DRAIN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = uvicorn.Server(settings)
     for number in (signal.SIGINT, signal.SIGTERM):
