@@ -23,8 +23,15 @@ from anaphora.routing.expected import Expected
 from anaphora.routing.questions import of_request
 from anaphora.testing.upstream import Match, Upstream
 from anaphora.testing.upstream.tokens import prompt_of, tokens
-from anaphora.types import End, MediaPart, Message, Part, Request, TextPart
+from anaphora.types import LOCAL_TENANT, End, MediaPart, Message, Native, Part, Request, TextPart
+from anaphora.wire.anthropic import Anthropic
+from anaphora.wire.base import encode
+from anaphora.wire.openai_chat import OpenAIChat
+from anaphora.wire.openai_completions import OpenAICompletions
+from anaphora.wire.openai_responses import OpenAIResponses
+from anaphora.wire.upstream import UpstreamDialect
 from anaphora.wire.upstream_chat import UpstreamChat
+from anaphora.wire.upstream_completions import UpstreamCompletions
 
 zmq = pytest.importorskip("zmq")
 
@@ -298,3 +305,40 @@ def test_a_server_listens_to_replicas_it_began_with_and_to_those_that_join(
 def test_a_replay_is_of_use_only_beside_events() -> None:
     with pytest.raises(ConfigError, match="only beside kv_events"):
         check_upstream(UpstreamConfig(name="one", base_url="http://one", kv_events_replay="tcp://one:5558"), "upstream")
+
+
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": TEXT}],
+    "tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}],
+    "chat_template_kwargs": {"enable_thinking": False},
+    "temperature": 0.5,
+    "stream": True,
+}
+
+
+def test_a_prompt_is_tokenized_as_it_was_asked_whatever_the_dialect(provider: Upstream) -> None:
+    options = UpstreamOptions("one", provider.url, rename={MODEL: "theirs"})
+    dialects: list[UpstreamDialect] = [UpstreamChat(), UpstreamCompletions()]
+    bodies = {
+        "openai_chat": (OpenAIChat(), CHAT),
+        "openai_completions": (OpenAICompletions(), {"model": MODEL, "prompt": TEXT, "max_tokens": 3}),
+        "openai_responses": (OpenAIResponses(), {"model": MODEL, "input": TEXT}),
+        "anthropic": (Anthropic(), {"model": MODEL, "max_tokens": 3, "messages": CHAT["messages"]}),
+    }
+
+    async def run() -> None:
+        one = Asked(options, {dialect.name: dialect for dialect in dialects})
+        await one.start()
+        for name, (dialect, body) in bodies.items():
+            native = encode(body)
+            asking = dialect.parse(native, tenant=LOCAL_TENANT).request
+            assert await one.tokenize(msgspec.structs.replace(asking, native=Native(name, native)))
+        await one.aclose()
+
+    asyncio.run(run())
+    chat, completions, *others = [record.body for record in provider.requests("/tokenize")]
+    kept = ("messages", "tools", "chat_template_kwargs")
+    assert chat == {"model": "theirs", **{name: CHAT[name] for name in kept}}
+    assert completions == {"model": "theirs", "prompt": TEXT}
+    assert others == [{"model": "theirs", "messages": CHAT["messages"]}] * 2
