@@ -19,8 +19,9 @@ from anaphora.backends.patience import grace_s
 from anaphora.errors import ConfigError
 
 _IDLE_S, _IDLE_PLAIN_S = 30.0, 4.0
-"""A connection that nobody used for so long is closed. One without TLS is soon made again, and many servers (vLLM, whatever runs on
-uvicorn) close theirs after 5 s: perhaps just when a request is on its way, of which nobody knows then whether it was seen."""
+"""A connection that nobody used for so long is closed. One without TLS is soon made again, and many servers (vLLM, whatever
+runs on uvicorn) close theirs after 5 s: perhaps just when a request is on its way, of which nobody knows then whether it was
+seen."""
 _DRAIN_S = 1.0
 """How long the end of a body may take behind all that was of interest, for its connection to be used again."""
 
