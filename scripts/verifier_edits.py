@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from anaphora.levels.semantic.reading import FRAME
+from anaphora.levels.semantic.texts import prepare
+
 Edit = Callable[[str, random.Random], str | None]
 
 
@@ -74,12 +77,37 @@ ASIDES: Final = [
     "I've been wondering about this.",
 ]  # fmt: skip
 ADJECTIVES: Final = _list(
-    "old new second temporary virtual stolen damaged joint foreign international late early partial full weekly monthly"
+    "old new second temporary virtual stolen damaged joint foreign international late early partial full weekly monthly "
+    "registered certified experienced retired actual official local public private electronic annual spare former"
 )
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[A-Za-z]+|\d+|[^A-Za-z\d]+", text)
+    return re.findall(r"[^\W\d_]+|\d+|(?:[\W_])+", text)
+
+
+_EMPTY: Final = FRAME | frozenset(
+    _list("however though already currently suddenly recently simply still also anyway maybe perhaps very quite even today")
+)
+"""May be left out, and the question is the same."""
+
+
+def _telling(text: str) -> list[str]:
+    """Its words that have a meaning of their own."""
+    return [
+        token.text
+        for token in prepare(text).tokens
+        if token.kind == "word" and token.content and token.text.isalpha() and len(token.text) > 3 and token.low not in _EMPTY
+    ]
+
+
+def vocabulary(folder: Path) -> list[str]:
+    """All telling words of the questions written for this purpose, in one language."""
+    lines = [line[2:] for path in sorted(folder.glob("*.txt")) for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted({word.lower() for line in lines for word in _telling(line)})
+
+
+_VOCABULARY: Final = vocabulary(Path(__file__).parent / "questions")
 
 
 def _swap(text: str, old: str, new: str) -> str | None:
@@ -125,7 +153,7 @@ def mistyped(text: str, dice: random.Random) -> str | None:
     elif kind < 0.85:
         words[place] = word[:cut] + word[cut] + word[cut:]
     else:
-        words[place] = word[:cut] + dice.choice("aeionrst") + word[cut + 1 :]
+        words[place] = word[:cut] + dice.choice("aeionrst" if word[0].lower() < "а" else "аеионрст") + word[cut + 1 :]
     return "".join(words)
 
 
@@ -196,8 +224,15 @@ def opposed(text: str, dice: random.Random) -> str | None:
 
 
 def excluded(text: str, dice: random.Random) -> str | None:
-    present = set(re.findall(r"[a-z]+", text.lower()))
-    fits = [(old, new) for group in EXCLUSIVE for old in group if old in present for new in group if new not in present]
+    present = set(re.findall(r"[a-z]+", text.lower())) - {"what"}  # what stands where no other question word does
+    fits = [
+        (old, new)
+        for group in EXCLUSIVE
+        for old in group
+        if old in present
+        for new in group
+        if new not in present and new != "what"
+    ]
     return _swap(text, *dice.choice(fits)) if fits else None
 
 
@@ -274,9 +309,29 @@ def turned(text: str, dice: random.Random) -> str | None:
     return None
 
 
+def lessened(text: str, dice: random.Random) -> str | None:
+    """One word less, which may be all that narrowed the question."""
+    telling = _telling(text)
+    if len(telling) < 2:
+        return None
+    changed = re.sub(rf"\b{dice.choice(telling)}\b ?", "", text, count=1)
+    return _ended(_bare(changed.strip()), text)
+
+
+def exchanged_for(text: str, words: list[str], dice: random.Random) -> str | None:
+    """One word for any other."""
+    telling = _telling(text)
+    return _swap(text, dice.choice(telling), dice.choice(words)) if telling else None
+
+
+def exchanged(text: str, dice: random.Random) -> str | None:
+    return exchanged_for(text, _VOCABULARY, dice)
+
+
 OTHER: Final[list[tuple[Edit, float]]] = [
     (opposed, 4.0), (excluded, 3.0), (negated, 1.5), (other_number, 3.0), (narrowed, 2.0), (placed, 1.0),
-    (qualified, 1.0), (asked_otherwise, 1.0), (turned, 3.0),
+    (qualified, 1.5), (asked_otherwise, 1.0), (turned, 3.0),
+    (lessened, 2.0), (exchanged, 2.0),
 ]  # fmt: skip
 
 

