@@ -17,6 +17,7 @@ import msgspec
 from anaphora.clock import Clock
 from anaphora.errors import TierFailed
 from anaphora.events import Dropped, Emit, Failed, Forgotten, ignore
+from anaphora.patience import patience
 from anaphora.tiers.base import EVERYTHING, Entry, ImmediateTier, Tier, TierStats
 from anaphora.types import Key, Scope, Tenant
 
@@ -276,7 +277,7 @@ class Store:
             answer.close()
             return {}
         try:
-            async with asyncio.timeout(self._options.lookup_timeout_s):
+            async with patience(self._options.lookup_timeout_s):
                 return await answer
         except TierFailed as error:
             self._failed(tier, operation, error)

@@ -15,8 +15,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-from anaphora.backends.patience import grace_s
 from anaphora.errors import ConfigError
+from anaphora.patience import grace_s
 
 _IDLE_S, _IDLE_PLAIN_S = 30.0, 4.0
 """A connection that nobody used for so long is closed. One without TLS is soon made again, and many servers (vLLM, whatever

@@ -20,9 +20,9 @@ from anaphora import __version__
 from anaphora.backends.base import Foreign, Forwarded
 from anaphora.backends.http import Http, Reply, Unreachable
 from anaphora.backends.optimising import OptimiserOptions, Optimising, Sending
-from anaphora.backends.patience import HELD_UP_S, patience
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
+from anaphora.patience import HELD_UP_S, patience
 from anaphora.types import (
     Begin,
     Delta,

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from anaphora.backends.http import Http
-from anaphora.backends.patience import HELD_UP_S, grace_s, patience
+from anaphora.patience import HELD_UP_S, grace_s, patience
 
 WITHIN_S = 0.3
 HELD_UP_FOR_S = 3 * WITHIN_S
@@ -27,7 +27,7 @@ def test_what_came_while_the_process_was_held_up_came_in_time() -> None:
         answer: asyncio.Future[str] = loop.create_future()
         loop.call_later(0.01, hold_up)
         # What is read has some way to go to whoever waits for it.
-        loop.call_later(0.02, loop.call_soon, loop.call_soon, loop.call_soon, answer.set_result, "here")
+        loop.call_later(0.02, lambda: loop.call_soon(lambda: loop.call_soon(lambda: answer.set_result("here"))))
         async with patience(WITHIN_S):
             assert await answer == "here"
 
