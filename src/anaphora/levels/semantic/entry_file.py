@@ -13,14 +13,12 @@ write lock.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,11 +33,8 @@ from anaphora.levels.semantic.entry_rows import (
     Changes,
     News,
     Position,
-    Unreadable,
     add,
     decoded,
-    integer,
-    is_damage,
     make_room,
     marks,
     news,
@@ -47,6 +42,7 @@ from anaphora.levels.semantic.entry_rows import (
     where_within,
 )
 from anaphora.levels.semantic.records import Decision, Labelled
+from anaphora.sqlite import Unreadable, execute_all, inode, integer, is_damage, locked, prepare, put_aside, transaction
 from anaphora.tiers.disk.epoch import SharedEpoch
 from anaphora.types import Scope
 from anaphora.vectors import Vectors
@@ -140,7 +136,7 @@ class EntryFile:
         to go."""
 
         def work(db: sqlite3.Connection) -> list[int]:
-            with self._transaction(db):
+            with transaction(db):
                 gone = add(db, changes.added, self.epoch)
                 db.executemany("DELETE FROM entries WHERE id = ?", [(identity,) for identity in changes.removed])
                 used = [(at_s, identity) for identity, at_s in changes.used.items()]
@@ -155,7 +151,7 @@ class EntryFile:
         where, values = where_within(scope)
 
         def work(db: sqlite3.Connection) -> int:
-            with self._transaction(db):
+            with transaction(db):
                 num = db.execute(f"DELETE FROM entries WHERE {where}", values).rowcount
                 db.execute(f"DELETE FROM labels WHERE {where}", values)
                 db.execute(f"DELETE FROM decisions WHERE {where}", values)
@@ -214,7 +210,7 @@ class EntryFile:
     def _connection(self) -> sqlite3.Connection:
         if self._db is not None:
             try:
-                if _inode(self.path) == self._inode:
+                if inode(self.path) == self._inode:
                     return self._db
             except FileNotFoundError:
                 pass
@@ -226,17 +222,13 @@ class EntryFile:
         try:
             if self._writes:
                 self.path.chmod(0o600)
-                with self._locked():  # two that do this to a new file at once do not wait for each other
-                    db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = NORMAL")
-                db.execute("PRAGMA secure_delete = ON")
-                db.execute(f"PRAGMA journal_size_limit = {4 << 20}")
+                prepare(db, patience_s=BUSY_S)
                 self._make(db)
             else:
                 db.execute("PRAGMA query_only = ON")
             if not 0 < integer(db, "PRAGMA user_version") <= FORMAT:
                 raise Unreadable(f"not of format {FORMAT}")
-            self._inode = _inode(self.path)
+            self._inode = inode(self.path)
         except BaseException:
             db.close()
             raise
@@ -245,9 +237,8 @@ class EntryFile:
         return db
 
     def _make(self, db: sqlite3.Connection) -> None:
-        with self._transaction(db):
-            for statement in filter(None, map(str.strip, _MAKING.get(integer(db, "PRAGMA user_version"), "").split(";\n"))):
-                db.execute(statement)
+        with transaction(db):
+            execute_all(db, _MAKING.get(integer(db, "PRAGMA user_version"), ""))
             if self._encoder and db.execute("SELECT encoder FROM meta").fetchone() != (self._encoder,):
                 db.execute("DELETE FROM entries")  # their vectors are of another encoder
                 db.execute("UPDATE meta SET encoder = ?", (self._encoder,))
@@ -263,48 +254,15 @@ class EntryFile:
 
     def _put_aside(self, reason: str) -> None:
         """Unless another process already has."""
-        inode = self._inode if self._db is not None else _inode(self.path)
+        before = self._inode if self._db is not None else inode(self.path)
         self.close()
         with self._locked():
-            if _inode(self.path) != inode:
+            if inode(self.path) != before:
                 return
             aside = self._folder / "semantic.damaged.db"
             log.warning("%s cannot be read (%s): put aside as %s, starting empty", self.path, reason, aside.name)
-            for suffix in ("-shm", "-wal", ""):
-                part = Path(f"{self.path}{suffix}")
-                if part.exists():
-                    part.rename(f"{aside}{suffix}")
+            put_aside(self.path, aside)
             self._change_epoch()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        fd = os.open(self._folder / "semantic.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            deadline_s = time.monotonic() + BUSY_S
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline_s:
-                        raise
-                    time.sleep(0.01)  # on a thread of its own
-            yield
-        finally:
-            os.close(fd)
-
-    @contextmanager
-    def _transaction(self, db: sqlite3.Connection) -> Iterator[None]:
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-
-
-def _inode(path: Path) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self._folder / "semantic.lock", BUSY_S)

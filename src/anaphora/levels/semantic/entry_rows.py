@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from anaphora.levels.semantic.records import Decision, Entry, Labelled
+from anaphora.sqlite import integer
 from anaphora.types import Key, Scope, Tenant
 
 FORMAT = 2
@@ -219,25 +220,6 @@ def _entry(row: Sequence[Any]) -> Entry:
         stored_at_s=stored_at_s,
         expires_at_s=expires_at_s,
     )
-
-
-class Unreadable(sqlite3.DatabaseError):
-    """SQLite reads it, but it is not what this module writes."""
-
-
-def is_damage(error: sqlite3.Error) -> bool:
-    if isinstance(error, Unreadable | sqlite3.IntegrityError):  # no statement here breaks a constraint of sound data
-        return True
-    code = getattr(error, "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def integer(db: sqlite3.Connection, sql: str, values: Sequence[object] = ()) -> int:
-    """The first value of the first row."""
-    row = db.execute(sql, values).fetchone()
-    if row is None or not isinstance(row[0], int):
-        raise Unreadable(f"no number: {sql}")
-    return row[0]
 
 
 def marks(values: Sequence[object]) -> str:
