@@ -13,7 +13,7 @@ from anaphora.levels.semantic.numbers import Number, numbers_of
 from anaphora.levels.semantic.tokens import Token
 
 
-class Facts(msgspec.Struct, frozen=True):
+class Facts(msgspec.Struct, frozen=True, gc=False):
     marks: Mapping[str, tuple[str, ...]] = {}
     """Values of marked words and phrases by their group, each as often as it comes."""
     turning: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -1,4 +1,4 @@
-"""What was computed of a remembered text, as some hundred bytes: read back in a tenth of the time it took. Pure.
+"""What was computed of a remembered text, as some hundred bytes: read back in an eighth of the time it took. Pure.
 
 Of what guards and verifier look at, a form keeps what takes long to find out; words are looked up again, in tables that all
 texts share.

@@ -18,7 +18,7 @@ LONGEST: Final = 2_000
 """Characters of a text that is taken apart. What is longer is a document more than a question."""
 
 
-class Prepared(msgspec.Struct, frozen=True, eq=False):
+class Prepared(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What is computed of a text once, and compared often. Equal where the texts are."""
 
     text: str
