@@ -10,7 +10,7 @@ import time
 import pytest
 
 from anaphora.backends.http import Http
-from anaphora.patience import HELD_UP_S, grace_s, patience
+from anaphora.patience import HELD_UP_S, Patience, grace_s
 
 WITHIN_S = 0.3
 HELD_UP_FOR_S = 3 * WITHIN_S
@@ -28,7 +28,7 @@ def test_what_came_while_the_process_was_held_up_came_in_time() -> None:
         loop.call_later(0.01, hold_up)
         # What is read has some way to go to whoever waits for it.
         loop.call_later(0.02, lambda: loop.call_soon(lambda: loop.call_soon(lambda: answer.set_result("here"))))
-        async with patience(WITHIN_S):
+        async with Patience(WITHIN_S):
             assert await answer == "here"
 
     asyncio.run(body())
@@ -40,7 +40,7 @@ def test_nothing_is_waited_for_without_end() -> None:
         started_s = loop.time()
         loop.call_later(0.01, hold_up)
         with pytest.raises(TimeoutError):
-            async with patience(WITHIN_S):
+            async with Patience(WITHIN_S):
                 await asyncio.Event().wait()
         return loop.time() - started_s
 
@@ -49,7 +49,7 @@ def test_nothing_is_waited_for_without_end() -> None:
 
 def test_whoever_is_cancelled_while_waiting_is_cancelled() -> None:
     async def wait() -> None:
-        async with patience(60):
+        async with Patience(60):
             await asyncio.Event().wait()
 
     async def body() -> None:

@@ -309,6 +309,30 @@ def test_what_waits_for_the_disk_while_another_process_forgets_is_written_unless
     run(body())
 
 
+class Knowing(SlowTier):
+    """Knows what it has not."""
+
+    def lacks(self, keys: Collection[Key]) -> bool:
+        return not any(key in self.inner._entries for key in keys)
+
+
+def test_a_tier_that_knows_that_it_has_nothing_is_not_waited_for() -> None:
+    async def body() -> None:
+        clock = ManualClock()
+        slow = Knowing(clock)
+        store = Store([ram(clock), slow], clock=clock)
+        await slow.inner.put_many({make_key(1): Entry(b"v", 1.0, tenant=A)})
+        slow.gate.clear()
+        assert await store.get(make_key(2)) is None  # at once: nobody opens the gate
+        reading = asyncio.create_task(store.get_many([make_key(1), make_key(2)]))
+        await slow.arrived.wait()
+        slow.gate.set()
+        assert set(await reading) == {make_key(1)}
+        await store.aclose()
+
+    run(body())
+
+
 class Overtaken(SlowTier):
     """Another process forgets right after the epoch was read."""
 

@@ -8,8 +8,7 @@ set once more, for as long as it was late.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 HELD_UP_S = 0.1
 """A timer that comes later than that was held up."""
@@ -21,27 +20,36 @@ def grace_s(due_s: float, now_s: float, limit_s: float) -> float:
     return min(late_s, limit_s) if late_s > HELD_UP_S else 0.0
 
 
-@asynccontextmanager
-async def patience(within_s: float) -> AsyncIterator[None]:
-    """As `asyncio.timeout`. Raises TimeoutError. Is set once more for `within_s` in all, whatever happens."""
-    loop = asyncio.get_running_loop()
-    left_s = within_s
-    timer: asyncio.TimerHandle
-    async with asyncio.timeout(None) as limit:
+class Patience:
+    """`async with Patience(5.0):` is as `asyncio.timeout`, and raises TimeoutError. It is set once more for `within_s` in all,
+    whatever happens."""
 
-        def look(due_s: float) -> None:
-            nonlocal timer, left_s
-            now_s = loop.time()
-            more_s = grace_s(due_s, now_s, left_s)
-            if more_s:
-                left_s -= more_s
-                timer = loop.call_at(now_s + more_s, look, now_s + more_s)
-            else:
-                limit.reschedule(now_s)
+    __slots__ = ("_due_s", "_left_s", "_limit", "_loop", "_timer")
 
-        due_s = loop.time() + within_s
-        timer = loop.call_at(due_s, look, due_s)
-        try:
-            yield
-        finally:
-            timer.cancel()
+    def __init__(self, within_s: float) -> None:
+        self._left_s = within_s
+        self._limit = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._set(self._loop.time() + self._left_s)
+        await self._limit.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        await self._limit.__aexit__(kind, error, trace)
+
+    def _set(self, due_s: float) -> None:
+        self._due_s = due_s
+        self._timer = self._loop.call_at(due_s, self._look)
+
+    def _look(self) -> None:
+        now_s = self._loop.time()
+        more_s = grace_s(self._due_s, now_s, self._left_s)
+        if more_s:
+            self._left_s -= more_s
+            self._set(now_s + more_s)
+        else:
+            self._limit.reschedule(now_s)

@@ -17,8 +17,8 @@ import msgspec
 from anaphora.clock import Clock
 from anaphora.errors import TierFailed
 from anaphora.events import Dropped, Emit, Failed, Forgotten, ignore
-from anaphora.patience import patience
-from anaphora.tiers.base import EVERYTHING, Entry, ImmediateTier, Tier, TierStats
+from anaphora.patience import Patience
+from anaphora.tiers.base import EVERYTHING, Entry, ImmediateTier, KnowingTier, Tier, TierStats
 from anaphora.types import Key, Scope, Tenant
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ class Store:
         for position, behind in enumerate(self._slower):
             if not missing:
                 break
+            if behind.lacks(missing):
+                continue  # no task switch, no timer: so it is with nearly every question that is new
             for key, entry in (await self._ask(behind, missing)).items():
                 found[key] = self._promoted(key, entry, position)
             missing = [key for key in missing if key not in found]
@@ -277,7 +279,7 @@ class Store:
             answer.close()
             return {}
         try:
-            async with patience(self._options.lookup_timeout_s):
+            async with Patience(self._options.lookup_timeout_s):
                 return await answer
         except TierFailed as error:
             self._failed(tier, operation, error)
@@ -340,6 +342,7 @@ class _Behind:
 
     def __init__(self, tier: Tier, max_bytes: int, failed: Callable[[Tier, str, TierFailed], None], emit: Emit) -> None:
         self.tier = tier
+        self._knowing = tier if isinstance(tier, KnowingTier) else None
         self.pending: dict[Key, _Pending] = {}
         self.writing = asyncio.Lock()
         """Held over each write and each erasure of the tier, so that no write that began before an erasure ends after it."""
@@ -382,6 +385,10 @@ class _Behind:
 
     def doubts(self, key: Key) -> bool:
         return key in self._doubted
+
+    def lacks(self, keys: Collection[Key]) -> bool:
+        """Whether the tier certainly has none of them, nor will when what waits for it is written."""
+        return self._knowing is not None and self._doubted.isdisjoint(keys) and self._knowing.lacks(keys)
 
     async def get_many(self, keys: Collection[Key]) -> dict[Key, Entry]:
         """What the tier has, once it has what waits for it and may have been erased."""

@@ -22,7 +22,7 @@ from anaphora.backends.http import Http, Reply, Unreachable
 from anaphora.backends.optimising import OptimiserOptions, Optimising, Sending
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
-from anaphora.patience import HELD_UP_S, patience
+from anaphora.patience import HELD_UP_S, Patience
 from anaphora.types import (
     Begin,
     Delta,
@@ -230,7 +230,7 @@ class Upstream:
         try:
             reply = await self._begun(sent, dialect, whole)
             try:
-                async with patience(self.options.first_s):
+                async with Patience(self.options.first_s):
                     data = await reply.read()
             finally:
                 reply.close()
@@ -254,7 +254,7 @@ class Upstream:
                 body.pop(key, None)
         sent = self._request(request, f"{dialect.path}/count_tokens", encode(body))
         try:
-            async with patience(self.options.first_s):
+            async with Patience(self.options.first_s):
                 reply = await self._head(sent, dialect, body)
                 try:
                     data = await reply.read()
@@ -277,7 +277,7 @@ class Upstream:
             return []
         sent = self._request(request, "/tokenize", encode(body))
         try:
-            async with patience(_TOKENIZE_S):
+            async with Patience(_TOKENIZE_S):
                 reply = await self._http.send(*sent)
                 try:
                     data = await reply.read(_MAX_TEXT)
@@ -318,7 +318,7 @@ class Upstream:
         headers = dict((*native.headers, *key))
         sent = _Sent(asked.method, self._base + asked.path, native.body, headers)
         try:
-            async with patience(self.options.first_s):
+            async with Patience(self.options.first_s):
                 reply = await self._http.send(*sent)
         except TimeoutError as error:
             raise self._late("no answer came", self.options.first_s) from error
@@ -349,7 +349,7 @@ class Upstream:
         """What it says at `path`, a few seconds at most. Raises UpstreamFailed."""
         headers = dict(self._key_header())
         try:
-            async with patience(_TEXT_S):
+            async with Patience(_TEXT_S):
                 reply = await self._http.send("GET", self._base + path, b"", headers)
                 try:
                     data = await reply.read(_MAX_TEXT)
@@ -420,7 +420,7 @@ class Upstream:
         if body.get("stream") and self.options.first_s < within_s:
             what, within_s = _NO_TOKEN, self.options.first_s
         try:
-            async with patience(within_s):
+            async with Patience(within_s):
                 return await self._head(sent, dialect, body)
         except TimeoutError as error:
             raise self._late(what, within_s) from error
@@ -437,7 +437,7 @@ class Upstream:
 
     async def _whole(self, reply: Reply, started_s: float) -> bytes:
         try:
-            async with patience(self.options.total_s - (self._clock.monotonic_s() - started_s)):
+            async with Patience(self.options.total_s - (self._clock.monotonic_s() - started_s)):
                 return await reply.read()
         except TimeoutError as error:
             raise self._late(_NOT_OVER, self.options.total_s) from error

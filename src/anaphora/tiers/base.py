@@ -190,6 +190,15 @@ class ImmediateTier(Protocol):
 
 
 @runtime_checkable
+class KnowingTier(Protocol):
+    """What a tier offers besides when it knows without a look what it has not."""
+
+    def lacks(self, keys: Collection[Key]) -> bool:
+        """Whether it is certain that none of `keys` is there. Immediate."""
+        ...
+
+
+@runtime_checkable
 class RemoteTier(Protocol):
     """What a tier offers besides when processes of other machines share it: what they have erased, for their neighbours to
     erase from tiers that only their own machine can reach."""

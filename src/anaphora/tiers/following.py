@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from anaphora.errors import TierFailed
-from anaphora.tiers.base import EVERYTHING, Entry, RemoteTier, Tier, TierStats
+from anaphora.tiers.base import EVERYTHING, Entry, KnowingTier, RemoteTier, Tier, TierStats
 from anaphora.types import Key, Scope
 
 _PATIENCE_S = 0.25
@@ -54,6 +54,9 @@ class FollowingTier:
             return {}
         found = await self._inner.get_many(keys)
         return {} if self._behind() else found
+
+    def lacks(self, keys: Collection[Key]) -> bool:
+        return isinstance(self._inner, KnowingTier) and self._inner.lacks(keys)
 
     async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
         return {} if await self._still_behind() else await self._inner.sizes(keys)

@@ -97,6 +97,9 @@ class DiskTier:
             await self._drop(found)
         return found.entries
 
+    def lacks(self, keys: Collection[Key]) -> bool:
+        return not self._writer.candidates(keys)
+
     async def sizes(self, keys: Collection[Key]) -> dict[Key, int]:
         return await self._read(lambda: self._reader.sizes(keys))
 
