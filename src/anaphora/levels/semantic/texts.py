@@ -42,16 +42,16 @@ class Prepared(msgspec.Struct, frozen=True, eq=False, gc=False):
 @lru_cache(maxsize=256)
 def prepare(text: str) -> Prepared:
     """About 0.1 ms for a question."""
-    normal = normal_form(text)
     if len(text) > LONGEST:
-        return Prepared(text=text, language="", normal=normal, tokens=(), content=(), facts=Facts())
+        return Prepared(text=text, language="", normal=normal_form(text), tokens=(), content=(), facts=Facts())
+    plain = plainly(text)
     language = language_of(text)
     words = lexicon(language or "en")
-    tokens = tokenised(plainly(text), words)
+    tokens = tokenised(plain, words)
     return Prepared(
         text=text,
         language=language,
-        normal=normal,
+        normal=normal_form(text, plain),
         tokens=tokens,
         content=content_of(tokens),
         facts=facts_of(tokens, words),
@@ -108,13 +108,14 @@ _REPEATED = re.compile(r"([?!])(?:\s*[?!])+")
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 
-def normal_form(text: str) -> str:
+def normal_form(text: str, plain: str | None = None) -> str:
     """Texts with equal normal forms say the same, whoever reads them: they differ in case, spaces, marks at the end and ways of
-    writing a character. What may change the meaning stays: US and us, C++ and C, -5 and 5."""
+    writing a character. What may change the meaning stays: US and us, C++ and C, -5 and 5. `plain` is the text `plainly`, where
+    that is known already."""
     if len(text) > 10 * LONGEST or _INDENTED.search(text):
         # A document, or code, of which spaces are part.
         return unicodedata.normalize("NFC", text).strip()
-    plain = plainly(text)
+    plain = plainly(text) if plain is None else plain
     plain = _LINES.sub("\n", _SPACE.sub(" ", plain)).strip() if "\n" in plain else " ".join(plain.split())
     plain = _REPEATED.sub(r"\1", _BEFORE_MARK.sub("", plain))
     if "`" in plain:
