@@ -43,5 +43,5 @@ def test_parquet_says_the_same_where_it_can_be_written() -> None:
 
 def test_without_its_package_parquet_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(NoParquet, match="anaphora.parquet."):
+    with pytest.raises(NoParquet, match=r"anaphora\[parquet\]"):
         text([row(ENTRY)], "parquet")
