@@ -66,7 +66,7 @@ def test_a_timer_in_time_has_no_grace_and_a_late_one_no_more_than_is_left() -> N
     assert grace_s(10.0, 10.0 + HELD_UP_S / 2, 5.0) == 0.0
     assert grace_s(10.0, 12.0, 5.0) == 2.0
     assert grace_s(10.0, 18.0, 5.0) == 5.0
-    assert grace_s(10.0, 18.0, 0.0) == 0.0
+    assert grace_s(10.0, 18.0, 0.0) == grace_s(10.0, 18.0, -3.0) == 0.0
 
 
 class Server(threading.Thread):

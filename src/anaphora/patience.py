@@ -17,7 +17,7 @@ HELD_UP_S = 0.1
 def grace_s(due_s: float, now_s: float, limit_s: float) -> float:
     """For how long to wait on, at `now_s`, where the wait was to end at `due_s`: at most `limit_s`. 0: it is over."""
     late_s = now_s - due_s
-    return min(late_s, limit_s) if late_s > HELD_UP_S else 0.0
+    return max(0.0, min(late_s, limit_s)) if late_s > HELD_UP_S else 0.0
 
 
 class Patience:

@@ -275,19 +275,8 @@ class Upstream:
         body = self._to_tokenize(request)
         if body is None:
             return []
-        sent = self._request(request, "/tokenize", encode(body))
-        try:
-            async with Patience(_TOKENIZE_S):
-                reply = await self._http.send(*sent)
-                try:
-                    data = await reply.read(_MAX_TEXT)
-                finally:
-                    reply.close()
-        except TimeoutError as error:
-            raise self._late("it did not tokenize", _TOKENIZE_S) from error
-        except Unreachable as error:
-            raise self._unreachable(error, body) from error
-        if reply.status in (404, 405, 501):
+        status, data = await self._small(self._request(request, "/tokenize", encode(body)), body, _TOKENIZE_S)
+        if status in (404, 405, 501):
             raise NotFound(f"The upstream {self.name} has no /tokenize.", code="no_tokenize")
         try:
             return msgspec.json.decode(data, type=_Tokenized).tokens
@@ -347,21 +336,24 @@ class Upstream:
 
     async def text(self, path: str) -> str:
         """What it says at `path`, a few seconds at most. Raises UpstreamFailed."""
-        headers = dict(self._key_header())
+        status, data = await self._small(_Sent("GET", self._base + path, b"", dict(self._key_header())), {}, _TEXT_S)
+        if status != 200:
+            raise UpstreamFailed(f"The upstream {self.name} has nothing at {path}: status {status}.", 502)
+        return data.decode("utf-8", "replace")
+
+    async def _small(self, sent: _Sent, body: Json, within_s: float) -> tuple[int, bytes]:
+        """Status and body of an answer, whatever it says, to what was sent: `body`. Raises UpstreamFailed where none comes."""
         try:
-            async with Patience(_TEXT_S):
-                reply = await self._http.send("GET", self._base + path, b"", headers)
+            async with Patience(within_s):
+                reply = await self._http.send(*sent)
                 try:
-                    data = await reply.read(_MAX_TEXT)
+                    return reply.status, await reply.read(_MAX_TEXT)
                 finally:
                     reply.close()
         except TimeoutError as error:
-            raise self._late("no answer came", _TEXT_S) from error
+            raise self._late("no answer came", within_s) from error
         except Unreachable as error:
-            raise self._unreachable(error, {}) from error
-        if reply.status != 200:
-            raise UpstreamFailed(f"The upstream {self.name} has nothing at {path}: status {reply.status}.", 502)
-        return data.decode("utf-8", "replace")
+            raise self._unreachable(error, body) from error
 
     async def leave(self) -> None:
         """Answer what was asked, and close."""
@@ -437,7 +429,8 @@ class Upstream:
 
     async def _whole(self, reply: Reply, started_s: float) -> bytes:
         try:
-            async with Patience(self.options.total_s - (self._clock.monotonic_s() - started_s)):
+            # What has come by now is read, however long this process did not look.
+            async with Patience(max(HELD_UP_S, self.options.total_s - (self._clock.monotonic_s() - started_s))):
                 return await reply.read()
         except TimeoutError as error:
             raise self._late(_NOT_OVER, self.options.total_s) from error
