@@ -40,10 +40,10 @@ class Scarce:
         self.num_left = num_left
         self.reserved: list[str] = []
 
-    def admit(self, tenant: str) -> None:
+    async def admit(self, tenant: str) -> None:
         pass
 
-    def reserve(self, request: Request, request_id: str) -> None:
+    async def reserve(self, request: Request, request_id: str) -> None:
         if self.num_left <= 0:
             raise LimitReached("nothing is left", retry_after_s=60)
         self.num_left -= sum(len(str(prompt)) for prompt in request.prompts)

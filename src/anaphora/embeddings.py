@@ -274,8 +274,8 @@ class _Run:
             request = self._request
             if self._allowance is not None and not self._reserved:
                 asking = Request(self.model, request.tenant, prompts=tuple(texts), max_tokens=0)
-                self._allowance.reserve(asking, request.request_id)
                 self._reserved = True
+                await self._allowance.reserve(asking, request.request_id)
             started_s = self._clock.monotonic_s()
             encoded: Encoded = await compute(texts)
             usage = Usage(input_tokens=sum(encoded.num_tokens))

@@ -167,7 +167,7 @@ class Gateway:
         InvalidRequest for a caching field that the model does not have. `asked` None: the backend's own usage is the answer's.
 
         Whatever else goes wrong is raised by the answer, before or between its deltas. Who gets a `Live` answer must
-        `leave` it in the end. On a hit in memory this does not suspend.
+        `leave` it in the end. On a hit in memory this does not suspend, unless the tenant's limits hold for several servers.
         """
         started_s, arrived_s = self._clock.monotonic_s(), self._clock.now_s()
         self.heed()
@@ -175,7 +175,7 @@ class Gateway:
         if model.id != request.model:
             request = msgspec.structs.replace(request, model=model.id)
         if self._allowance is not None:
-            self._allowance.admit(request.tenant)
+            await self._allowance.admit(request.tenant)
 
         request_id = "" if asked is None else asked.request_id
         num_landed = self._num_landed
@@ -214,7 +214,7 @@ class Gateway:
             teller = msgspec.structs.replace(teller, request_id=f"{teller.request_id}{_REFRESH}" if teller.request_id else "")
         if self._allowance is not None:
             try:
-                self._allowance.reserve(request, teller.request_id)
+                await self._allowance.reserve(request, teller.request_id)
             except LimitReached:
                 if older is None:
                     raise
@@ -256,7 +256,7 @@ class Gateway:
         assert self._embeddings is not None
         self.heed()
         if self._allowance is not None:
-            self._allowance.admit(request.tenant)
+            await self._allowance.admit(request.tenant)
         return await self._embeddings.embed(request, control)
 
     async def models(self) -> tuple[ModelInfo, ...]:

@@ -28,6 +28,10 @@ def check(config: Config, environ: Mapping[str, str]) -> None:
         )
     _check_gateway(config.gateway, environ)
     _check_ledger(config.ledger)
+    if config.ledger.share_limits and not config.cache.shared:
+        raise ConfigError("ledger.share_limits: servers share limits on a Valkey or Redis server; set cache.shared")
+    if config.ledger.share_limits and config.server.virtual_clock:
+        raise ConfigError("ledger.share_limits: limits that servers share go by the time of day, not by a virtual clock")
     if config.semantic.mode != "off" and not config.cache.enabled:
         raise ConfigError("semantic.mode: answers in other words are those of the answer cache; set cache.enabled = true")
     if config.engine.kind == "none" and not config.gateway.upstreams:

@@ -279,6 +279,8 @@ class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prices: str = ""
     """A TOML file with prices of one's own."""
     limits: tuple[LimitConfig, ...] = ()
+    share_limits: bool = False
+    """Hold them for all servers together that have the same `cache.shared`. False: each server lets the whole limit in."""
     otel: bool = False
     """Export OpenTelemetry spans and metrics, as the OTEL_* variables say."""
 

@@ -17,6 +17,7 @@ from anaphora.config import LimitConfig
 from anaphora.errors import LimitReached
 from anaphora.ledger.book import Book
 from anaphora.ledger.entry import units
+from anaphora.ledger.joint import total
 from anaphora.ledger.limits import (
     SPANS,
     Counts,
@@ -30,6 +31,7 @@ from anaphora.ledger.limits import (
     start_s,
 )
 from anaphora.ledger.query import Query
+from anaphora.ledger.shared import Away, Shared
 from anaphora.ledger.tallies import Tallies
 from anaphora.types import MediaPart, Request, TextPart, ThinkingPart, ToolResultPart, ToolUsePart, Usage
 
@@ -53,95 +55,143 @@ class Estimating(Protocol):
 class Reservation(msgspec.Struct, frozen=True):
     tenant: str
     at_s: float
+    shared_s: float
+    """When that was by the clock of what servers share."""
     used: Used
 
 
 class Allowance:
-    """`limits` by tenant; that of `*` holds for each tenant without limits of its own. May be called from any thread."""
+    """`limits` by tenant; that of `*` holds for each tenant without limits of its own. What is used of this server is in
+    `tallies`; with `shared` the limits hold for what is used of all servers together, as long as that can be reached.
 
-    def __init__(self, limits: Sequence[LimitConfig], tallies: Tallies, prices: Estimating, clock: Clock) -> None:
+    `settle`, `spend` and `standings` may be called from any thread. For a tenant without limits nothing here suspends, nor
+    without `shared` for any."""
+
+    def __init__(
+        self,
+        limits: Sequence[LimitConfig],
+        tallies: Tallies,
+        prices: Estimating,
+        clock: Clock,
+        *,
+        shared: Shared | None = None,
+    ) -> None:
         self._limits = {limit.tenant: limit for limit in limits}
         self._tallies = tallies
         self._prices = prices
         self._clock = clock
+        self._shared = shared
         self._reserved: dict[str, Reservation] = {}
 
-    def admit(self, tenant: str, *, costs: bool = False) -> None:
+    async def admit(self, tenant: str, *, costs: bool = False) -> None:
         """Count one request. Raises LimitReached instead where none is left; of one that `costs` what nobody can estimate, also
         where nothing is left of tokens or money."""
-        self._take(tenant, Used(requests=1), _REQUESTS + _AMOUNTS if costs else _REQUESTS)
+        limits = self._of(tenant)
+        if limits is not None:
+            await self._take(tenant, limits, Used(requests=1), _REQUESTS + _AMOUNTS if costs else _REQUESTS)
 
-    def reserve(self, request: Request, request_id: str) -> None:
+    async def reserve(self, request: Request, request_id: str) -> None:
         """What computing an answer may take. Raises LimitReached, and takes the request itself back, where nothing is left."""
         limits = self._of(request.tenant)
         if limits is None or not request_id:
             return
         used = self._estimate(request)
         try:
-            at_s = self._take(request.tenant, used, _AMOUNTS)
+            at_s, shared_s = await self._take(request.tenant, limits, used, _AMOUNTS, holds=True)
         except LimitReached:
-            self._spend(request.tenant, limits, Used(requests=-1), self._clock.now_s())
+            self._spend(request.tenant, limits, Used(requests=-1))
             raise
-        self._reserved[request_id] = Reservation(request.tenant, at_s, used)
+        self._reserved[request_id] = Reservation(request.tenant, at_s, shared_s, used)
 
     def settle(self, request_id: str, tokens: int, paid: int) -> None:
         """It took so many tokens, and so much money in the ledger's units, in place of what was reserved."""
         reservation = self._reserved.pop(request_id, None)
         limits = None if reservation is None else self._of(reservation.tenant)
         if reservation is not None and limits is not None:
-            more = Used(0, tokens - reservation.used.tokens, paid - reservation.used.usd)
-            self._spend(reservation.tenant, limits, more, reservation.at_s)
+            tenant, reserved = reservation.tenant, reservation.used
+            more = Used(0, tokens - reserved.tokens, paid - reserved.usd)
+            self._charge(tenant, limits, more, reservation.at_s)
+            if self._shared is not None:
+                self._shared.tell(tenant, limits, reservation.shared_s, more, Used(0, -reserved.tokens, -reserved.usd))
 
     def spend(self, tenant: str, tokens: int, paid: int) -> None:
         limits = self._of(tenant)
         if limits is not None:
-            self._spend(tenant, limits, Used(0, tokens, paid), self._clock.now_s())
+            self._spend(tenant, limits, Used(0, tokens, paid))
 
     def standings(self, tenant: str) -> tuple[Standing, ...]:
-        """How it stands with each of its limits; empty where it has none."""
+        """How it stands with each of its limits, as last heard; empty where it has none."""
         limits = self._of(tenant)
-        return () if limits is None else standings(limits, self._tallies.read(tenant), self._clock.now_s())
+        if limits is None:
+            return ()
+        heard = None if self._shared is None else self._shared.counts(tenant)
+        return standings(limits, *(heard or (self._tallies.read(tenant), self._clock.now_s())))
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
+        if self._shared is not None:
+            await self._shared.aclose()
         self._tallies.close()
 
     def _of(self, tenant: str) -> LimitConfig | None:
         return self._limits.get(tenant) or self._limits.get(EVERYBODY)
 
-    def _take(self, tenant: str, used: Used, kinds: tuple[Kind, ...]) -> float:
-        """Charge `used` if anything is left of each of `kinds`; when that was."""
-        now_s = self._clock.now_s()
-        limits = self._of(tenant)
-        if limits is None:
-            return now_s
+    async def _take(
+        self, tenant: str, limits: LimitConfig, used: Used, kinds: tuple[Kind, ...], *, holds: bool = False
+    ) -> tuple[float, float]:
+        """Charge `used` if anything is left of each of `kinds`; when that was, by our clock and by that of what is shared."""
 
-        def taken(counts: Counts) -> Counts:
+        def taken(counts: Counts, held: Used, now_s: float) -> Counts:
             reached = [at for at in standings(limits, counts, now_s) if at.kind in kinds and not at.remaining]
             if reached:
-                raise self._refusal(tenant, reached)
+                raise _refusal(reached, held)
             return spent(limits, counts, used, now_s, now_s)
 
-        self._tallies.change(tenant, taken)
-        return now_s
+        if self._shared is not None:
+            try:
+                shared_s = await self._shared.take(tenant, limits, used, taken, holds=holds)
+            except Away:
+                pass
+            else:
+                now_s = self._clock.now_s()
+                self._charge(tenant, limits, used, now_s)
+                return now_s, shared_s
+        now_s = self._clock.now_s()
+        self._tallies.change(tenant, lambda counts: taken(counts, self._held(tenant), now_s))
+        if self._shared is None:
+            return now_s, now_s
+        shared_s = self._shared.now_s()
+        self._shared.tell(tenant, limits, shared_s, used, used if holds else Used())
+        return now_s, shared_s
 
-    def _spend(self, tenant: str, limits: LimitConfig, used: Used, at_s: float) -> None:
+    def _spend(self, tenant: str, limits: LimitConfig, used: Used) -> None:
+        """Just now."""
+        self._charge(tenant, limits, used, self._clock.now_s())
+        if self._shared is not None:
+            self._shared.tell(tenant, limits, self._shared.now_s(), used)
+
+    def _charge(self, tenant: str, limits: LimitConfig, used: Used, at_s: float) -> None:
+        """What this server alone knows."""
         now_s = self._clock.now_s()
         self._tallies.change(tenant, lambda counts: spent(limits, counts, used, at_s, now_s))
 
-    def _refusal(self, tenant: str, reached: Sequence[Standing]) -> LimitReached:
+    def _held(self, tenant: str) -> Used:
+        """What is reserved for answers of this process under way."""
         under_way = list(self._reserved.values())  # which another thread may change
-        reserved = [reservation.used for reservation in under_way if reservation.tenant == tenant]
-        longest = max(reached, key=lambda standing: standing.retry_s)
-        if all(sum(getattr(used, at.kind) for used in reserved) > at.over for at in reached):
-            text = f"What is left of the limit of {longest} is reserved for requests that are being answered."
-            return LimitReached(text, retry_after_s=_SOON_S)
-        return LimitReached(f"The limit of {longest} is reached.", retry_after_s=longest.retry_s)
+        return total(reservation.used for reservation in under_way if reservation.tenant == tenant)
 
     def _estimate(self, request: Request) -> Used:
         prompt = _num_tokens(request)
         output = min(_MOST_TOKENS, (_OUTPUT_TOKENS if request.max_tokens is None else request.max_tokens) * request.sampling.n)
         cost = self._prices.estimate(request.model, Usage(input_tokens=prompt, output_tokens=output))
         return Used(0, prompt + output, units(cost))
+
+
+def _refusal(reached: Sequence[Standing], held: Used) -> LimitReached:
+    longest = max(reached, key=lambda standing: standing.retry_s)
+    if all(getattr(held, at.kind) > at.over for at in reached):
+        text = f"What is left of the limit of {longest} is reserved for requests that are being answered."
+        return LimitReached(text, retry_after_s=_SOON_S)
+    return LimitReached(f"The limit of {longest} is reached.", retry_after_s=longest.retry_s)
 
 
 def used_before(book: Book, now_s: float) -> Mapping[str, Counts]:

@@ -5,6 +5,7 @@ Amounts are whole numbers, so that sums are exact whatever they are taken over. 
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -121,6 +122,14 @@ class Book:
         where = f"{where} AND id > ?" if where else "WHERE id > ?"
         text = f"SELECT id, {', '.join(_COLUMNS)} FROM requests {where} ORDER BY id LIMIT ?"
         return [(row[0], Entry(*row[1:])) for row in self._select(text, (*values, after, limit))]
+
+    def identity(self) -> int:
+        """A number that no other book has, as long as there is this one."""
+        with self._transaction() as connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS identity (place INTEGER PRIMARY KEY, number INTEGER NOT NULL)")
+            connection.execute("INSERT OR IGNORE INTO identity VALUES (1, ?)", (secrets.randbits(62),))
+            number: int = connection.execute("SELECT number FROM identity").fetchone()[0]
+        return number
 
     def close(self) -> None:
         if self._connection is not None:

@@ -110,6 +110,17 @@ def began(used: dict[Span, Used], now_s: float) -> Counts:
     return tuple(counts)
 
 
+def joined(counts: Counts, more: Counts, now_s: float) -> Counts:
+    """`counts` with what `more` says was used of the running hour, day and month as well; rates are those of `counts`."""
+    changed = list(counts[: len(_RATED)])
+    for (span, same, before), (_, running, adds) in zip(_windows(counts, now_s), _windows(more, now_s), strict=True):
+        changed.append(_window(span, now_s))
+        for kind in KINDS:
+            amount = (getattr(before, kind) if same else 0) + (getattr(adds, kind) if running else 0)
+            changed.append(max(-_MOST, min(_MOST, amount)))
+    return tuple(changed)
+
+
 def start_s(span: Span, now_s: float) -> float:
     """When the running hour, day or month began."""
     moment = datetime.fromtimestamp(now_s, UTC).replace(minute=0, second=0, microsecond=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,13 @@ from anaphora.ledger.entry import Entry
 from anaphora.ledger.prices import Prices, load
 from anaphora.ledger.query import Group, Query
 from anaphora.ledger.recorder import Recorder
+from anaphora.ledger.shared import Cells, Shared
 from anaphora.ledger.tallies import Tallies
+
+_ANSWER_S = 1.0
+"""How long a request waits for the server that limits are shared on, before it goes on without."""
+_KEEP_S = 32 * 86_400
+"""Longer than any month: then nothing of it is left."""
 
 
 class Books:
@@ -32,7 +40,8 @@ class Books:
         self.allowance: Allowance | None = None
         if settings.limits:
             tallies = Tallies(shared, first=lambda: used_before(Book(self._path), clock.now_s()))
-            self.allowance = Allowance(settings.limits, tallies, prices, clock)
+            together = self._together(config, tallies, clock, tell) if settings.share_limits else None
+            self.allowance = Allowance(settings.limits, tallies, prices, clock, shared=together)
         notes = None
         if settings.otel:
             from anaphora.ledger.telemetry import from_environment
@@ -41,6 +50,15 @@ class Books:
         self.recorder = Recorder(
             self._path, prices, clock, tell=tell, settles=self.allowance, notes=notes, keep_days=settings.keep_days
         )
+
+    def _together(self, config: Config, tallies: Tallies, clock: Clock, tell: Emit) -> Shared:
+        cells = _cells(config)
+        book = Book(self._path, writes=True)
+        try:
+            server = book.identity()
+        finally:
+            book.close()
+        return Shared(cells, server=server, process=secrets.randbits(63), own=tallies.read, clock=clock, report=tell)
 
     def groups(self, by: Sequence[str], query: Query) -> list[Group]:
         """Reads the file: call it on a thread of its own. Raises BookProblem."""
@@ -57,16 +75,32 @@ class Books:
         finally:
             book.close()
 
-    def close(self) -> None:
-        """Write what is left. Waits for it."""
-        self.recorder.close()
+    async def aclose(self) -> None:
+        """Write what is left, and tell it to whoever shares the limits."""
+        await asyncio.to_thread(self.recorder.close)
         if self.allowance is not None:
-            self.allowance.close()
+            await self.allowance.aclose()
+
+
+def _cells(config: Config) -> Cells:
+    """Raises ConfigError."""
+    try:
+        from anaphora.tiers.valkey.cells import Cells as ValkeyCells
+        from anaphora.tiers.valkey.servers import Access
+    except ImportError:
+        raise ConfigError("ledger.share_limits: no client for Valkey is installed; pip install 'anaphora[redis]'") from None
+    access = Access(config.cache.shared, config.cache.shared_ca_file, timeout_s=_ANSWER_S, connect_timeout_s=_ANSWER_S)
+    try:
+        return ValkeyCells(access, f"{config.cache.shared_prefix}limits:", keep_s=_KEEP_S)
+    except ConfigError as error:
+        raise ConfigError(f"cache.shared: {error}") from error
 
 
 def check_books(config: Config) -> None:
     """Raises ConfigError for what would keep `Books` from being opened."""
     if config.ledger.prices:
         load(Path(config.ledger.prices))
+    if config.ledger.share_limits:
+        _cells(config)
     if config.ledger.otel and find_spec("opentelemetry.sdk") is None:
         raise ConfigError("ledger.otel: OpenTelemetry is not installed; pip install 'anaphora[otel]'")

@@ -39,7 +39,7 @@ class Elsewhere(Endpoint):
         costs = connection["method"] == "POST"  # the other methods look at what is there, or take it away
         passage = _Passage(self, call, asked)
         if self.api.books is not None and self.api.books.allowance is not None:
-            self.api.books.allowance.admit(call.tenant, costs=costs)
+            await self.api.books.allowance.admit(call.tenant, costs=costs)
         try:
             await passage.go()
         finally:

@@ -191,7 +191,7 @@ async def answer(
         announcer.close()
         await gateway.aclose()
         if books is not None:
-            await asyncio.to_thread(books.close)
+            await books.aclose()
     if refusals:
         raise ConfigError(refusals[0])
 
