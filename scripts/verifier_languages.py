@@ -4,13 +4,17 @@ changed by rule."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from verifier_edits import Edit, edited, exchanged_for, lessened, mistyped, recased, vocabulary
 from verifier_rows import OWN, Row, own_groups
 
-LANGUAGES: Final = ("es", "ru")
+from anaphora.levels.semantic.lexicon import Language, lexicon
+from anaphora.levels.semantic.texts import prepare
+
+LANGUAGES: Final[tuple[Language, ...]] = ("es", "ru")
 BEFORE: Final = {
     "es": ["Por favor, ", "Hola, ", "Buenas, ", "Perdona, ", "Una pregunta: "],
     "ru": ["Пожалуйста, ", "Здравствуйте, ", "Привет, ", "Извините, ", "Вопрос: "],
@@ -26,6 +30,31 @@ def unaccented(text: str, dice: random.Random) -> str | None:
     return text.translate(str.maketrans("áéíóúüёÁÉÍÓÚÜЁ", "aeiouuеAEIOUUЕ"))
 
 
+def replaced_by(text: str, words: list[str], language: Language, dice: random.Random) -> str | None:
+    """Any word for any other. One small word for another may say the same, but for those that ask."""
+    known = lexicon(language)
+    fits = [token for token in prepare(text).tokens if token.text.isalpha() and token.low not in known.courtesy]
+    if not fits:
+        return None
+    token, other = dice.choice(fits), dice.choice(words)
+    small = not token.content and token.low not in known.interrogatives
+    if (small and other in known.function) or other in (token.low, token.stem):
+        return None
+    return _put(text, token.text, other)
+
+
+def unasked(text: str, language: Language, dice: random.Random) -> str | None:
+    """Without the word that says what is asked for; how to do something may be asked without it."""
+    asked = lexicon(language).interrogatives
+    fits = [token for token in prepare(text).tokens if asked.get(token.low, "how") != "how"]
+    return _put(text, dice.choice(fits).text, "") if fits else None
+
+
+def _put(text: str, old: str, new: str) -> str | None:
+    changed, times = re.subn(rf"\b{re.escape(old)}\b" + ("" if new else " ?"), new, text, count=1)
+    return changed if times and changed != text else None
+
+
 def other_rows(dice_of: Callable[[str], random.Random]) -> list[Row]:
     """Those whose label is known, as in English."""
     return [
@@ -36,8 +65,11 @@ def other_rows(dice_of: Callable[[str], random.Random]) -> list[Row]:
     ]
 
 
-def _rows(language: str, dice_of: Callable[[str], random.Random]) -> Iterator[Row]:
+def _rows(language: Language, dice_of: Callable[[str], random.Random]) -> Iterator[Row]:
     words = vocabulary(OWN / language)
+    every = sorted(
+        {token.low for _, lines in own_groups(OWN / language) for _, text in lines for token in prepare(text).tokens}
+    )
 
     def polite(text: str, dice: random.Random) -> str | None:
         if dice.random() < 0.5:
@@ -49,7 +81,14 @@ def _rows(language: str, dice_of: Callable[[str], random.Random]) -> Iterator[Ro
         return exchanged_for(text, words, dice)
 
     same: list[tuple[Edit, float]] = [(recased, 1.0), (mistyped, 2.0), (polite, 2.0), (unaccented, 0.5)]
-    other: list[tuple[Edit, float]] = [(lessened, 1.0), (exchanged, 1.0)]
+
+    def replaced(text: str, dice: random.Random) -> str | None:
+        return replaced_by(text, every, language, dice)
+
+    def without_asking(text: str, dice: random.Random) -> str | None:
+        return unasked(text, language, dice)
+
+    other: list[tuple[Edit, float]] = [(lessened, 1.0), (exchanged, 1.0), (replaced, 2.0), (without_asking, 0.5)]
     for file, lines in own_groups(OWN / language):
         name = f"own/{language}/{file}/{lines[0][1]}"
         dice = dice_of(name)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DATA_SETS = (
     "fow-cache", "fow-conversations", "fow-last-messages",
     "checklist-qqp", "banking77", "clinc150", "xquad-en", "xquad-es", "xquad-ru",
+    "xquad-en-rest", "xquad-es-rest", "xquad-ru-rest",
 )  # fmt: skip
 QUICK = 60
 """Questions of a set, cached ones and asked ones, for a first look."""

@@ -75,10 +75,38 @@ def test_in_other_languages_only_the_same_words_are_served(a: str, b: str, serve
     [
         ("¿Puedo devolver unos zapatos usados?", "¿Puedo devolver unos zapatos?"),
         ("Можно ли вернуть ношеную обувь?", "Можно ли вернуть обувь?"),
+        ("¿Quién dirige el archivo de la ciudad?", "¿dirige el archivo de la ciudad?"),
+        ("Почему закрыт городской архив?", "закрыт городской архив?"),
     ],
 )
 def test_in_other_languages_one_word_less_is_another_question(a: str, b: str) -> None:
     assert verifier.probability(prepare(a), prepare(b), 0.95) < MIN_SCORE
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("В каком здании находится архив города?", "В мраморе здании находится архив города?"),
+        ("Почему закрыт городской архив?", "Жатва закрыт городской архив?"),
+        ("Кто жил между рекой и лесом до войны?", "Кто жил ветер рекой и лесом до войны?"),
+        ("¿Quién dirige el archivo de la ciudad?", "¿Mármol dirige el archivo de la ciudad?"),
+        ("¿Quién vive entre la estación y el parque?", "¿Quién vive cosecha la estación y el parque?"),
+    ],
+)
+def test_in_other_languages_no_small_word_is_taken_for_another(one: str, other: str) -> None:
+    assert verifier.probability(prepare(one), prepare(other), 0.99) < MIN_SCORE
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Какой архив хранит старые карты?", "Каокй архив хранит старые карты?"),
+        ("¿Quién dirige el archivo de la ciudad?", "quien dirige el archivo de la ciudad"),
+        ("¿Cuándo abre el archivo de la ciudad?", "Hola, ¿cuándo abre el archivo de la ciudad? Gracias"),
+    ],
+)
+def test_in_other_languages_slips_of_small_words_and_thanks_are_served(one: str, other: str) -> None:
+    assert verifier.probability(prepare(one), prepare(other), 0.95) >= verifier.plain_threshold
 
 
 SAY = """

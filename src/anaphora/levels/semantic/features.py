@@ -10,8 +10,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from anaphora.levels.semantic.matching import RELATIONS, Match, is_typo, likeness, same_words
+from anaphora.levels.semantic.lexicon import lexicon
+from anaphora.levels.semantic.matching import RELATIONS, Match, likeness, same_words
 from anaphora.levels.semantic.reading import COUNTER_PARTICLES, Reading, words_of
+from anaphora.levels.semantic.slips import is_slip, is_typo
 
 Row = list[float]
 
@@ -43,6 +45,21 @@ def plain_features(a: Reading, b: Reading) -> Row:
         float(abs(a.negations - b.negations)),
         *_both((Counter(a.written) - Counter(b.written)).total(), (Counter(b.written) - Counter(a.written)).total()),
         *_order(a, b, match)[:3],
+        *_left_over(a, b),
+    ]
+
+
+def _left_over(a: Reading, b: Reading) -> Row:
+    """Of all words, those without a meaning of their own too: how many only one has, slips of the pen and courtesies left out;
+    and how many of them ask for something."""
+    words = lexicon(a.language or "en")
+    mine = [word for word in (Counter(a.written) - Counter(b.written)).elements() if word not in words.courtesy]
+    theirs = [word for word in (Counter(b.written) - Counter(a.written)).elements() if word not in words.courtesy]
+    left = [word for word in mine if not any(is_slip(word, other) for other in theirs)]
+    right = [word for word in theirs if not any(is_slip(word, other) for other in mine)]
+    return [
+        *_both(len(left), len(right)),
+        *_both(sum(word in words.interrogatives for word in left), sum(word in words.interrogatives for word in right)),
     ]
 
 
@@ -280,4 +297,5 @@ PLAIN_NAMES: Final = [
     *SURFACE, "left_min", "left_max", "open_min", "open_max", "typo", "shared_share", "shared", "numbers_min", "numbers_max",
     "names_min",
     "names_max", "negations", "counts_min", "counts_max", *ORDER[:3],
+    "over_min", "over_max", "over_asking_min", "over_asking_max",
 ]  # fmt: skip

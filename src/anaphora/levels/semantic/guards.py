@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from anaphora.levels.semantic.asking import asks_otherwise
 from anaphora.levels.semantic.facts import Facts
 from anaphora.levels.semantic.lexicon import lexicon, units
 from anaphora.levels.semantic.numbers import Number
@@ -231,7 +232,7 @@ def _quantifier(a: Prepared, b: Prepared) -> bool:
 
 def _question(a: Prepared, b: Prepared) -> bool:
     asked = frozenset((a.facts.question, b.facts.question))
-    return len(asked) == 2 and asked in _OTHER_QUESTIONS
+    return (len(asked) == 2 and asked in _OTHER_QUESTIONS) or asks_otherwise(a, b)
 
 
 _CERTAIN = ("who", "when", "where", "why", "many", "long", "far", "old", "often", "tall", "big", "fast")

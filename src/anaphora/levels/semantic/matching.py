@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from anaphora.levels.semantic.reading import Reading
+from anaphora.levels.semantic.slips import is_typo
 from anaphora.levels.semantic.words import UNKNOWN, Relation, words
 
 PREFIXES: Final = ("un", "in", "im", "dis", "non", "de", "ir", "il", "mis", "over", "under", "pre", "post", "re", "anti")
@@ -86,29 +87,6 @@ def likeness(one: str, other: str) -> Likeness:
 
 
 NONE: Final = Relation(False, False, False, False, False, False, False)
-
-
-def is_typo(one: str, other: str) -> bool:
-    """One slip apart: a letter missing, wrong or in the wrong place; in longer words two."""
-    if abs(len(one) - len(other)) > 2 or min(len(one), len(other)) < 4 or one[0] != other[0]:
-        return False
-    allowed = 2 if min(len(one), len(other)) > 7 else 1
-    return _distance(one, other) <= allowed
-
-
-@lru_cache(maxsize=16384)
-def _distance(one: str, other: str) -> int:
-    """Edits, a swap of neighbours being one."""
-    before: list[int] = []
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        older, before, row = before, row, [i]
-        for j, target in enumerate(other, 1):
-            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != target))
-            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == target:
-                cost = min(cost, older[j - 2] + 1)
-            row.append(cost)
-    return row[-1]
 
 
 def is_prefixed(one: str, other: str) -> bool:

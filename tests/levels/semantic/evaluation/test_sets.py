@@ -91,6 +91,10 @@ def test_of_questions_on_a_paragraph_only_other_spellings_of_a_cached_one_are_ri
     assert {"another number", "another question on the paragraph"} <= wrong
     assert data.encoder == ("minilm" if language == "en" else "e5")
     assert sets.load(f"xquad-{language}", tmp_path) == data
+    rest = sets.load(f"xquad-{language}-rest", tmp_path)
+    assert [wording.text for wording in rest.cached] == texts[1:]
+    assert texts[0] in {wording.text for wording in rest.asked}
+    assert rest.streamed == ()
 
 
 def test_spellings_differ_from_the_question_and_changes_from_both() -> None:

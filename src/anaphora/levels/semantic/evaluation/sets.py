@@ -9,6 +9,8 @@ What their labels are a truth of:
 - `xquad-en`, `xquad-es`, `xquad-ru`: different questions on the same paragraphs, so anything that is given for one of the
   others is wrong. There are no paraphrases, so right answers are for spellings made by rule (case, thanks, a slip of the pen);
   other rules change a number or a word, which makes another question.
+- `xquad-en-rest`, `xquad-es-rest`, `xquad-ru-rest`: the same with the parts turned round, so that those questions are
+  cached and changed which are asked as they are there.
 - `fow-cache`: pairs written to be the same question or to look like it. `fow-conversations`: pairs of conversations with about
   the same last message, and `fow-last-messages` those messages alone, as caches see them that leave the conversation out. The
   verifier has seen none of them.
@@ -142,18 +144,20 @@ RESPELLED = {"en": 1, "es": 0, "ru": 0}
 THANKS = {"en": (", please?", ", thanks"), "es": (", por favor?", ", gracias"), "ru": (", пожалуйста?", ", спасибо")}
 
 
-def xquad(data: Path, language: str) -> DataSet:
-    """Every second question of a paragraph is cached, and asked in other spellings; the others are asked as they are."""
+def xquad(data: Path, language: str, *, rest: bool = False) -> DataSet:
+    """Every second question of a paragraph is cached, and asked in other spellings; the others are asked as they are. The
+    `rest`: the other way round, without streams."""
     with gzip.open(data / "xquad" / f"xquad.{language}.json.gz", "rt", encoding="utf-8") as file:
         articles = json.load(file)["data"]
     paragraphs = [paragraph["qas"] for article in articles for paragraph in article["paragraphs"]]
     vocabulary = [word for entries in paragraphs for one in entries for word in _LONG_WORD.findall(one["question"])]
-    dice = random.Random(f"xquad {language}")
+    name = f"xquad-{language}" + "-rest" * rest
+    dice = random.Random(name.replace("-", " "))
     cached, asked_later = [], []
     for entries in paragraphs:
         for place, entry in enumerate(entries):
             text, number = entry["question"].strip(), entry["id"]
-            if place % 2:
+            if place % 2 != rest:
                 asked_later.append(Wording(text, number, topic=number, kind="another question on the paragraph"))
                 continue
             cached.append(Wording(text, number, topic=number))
@@ -167,7 +171,7 @@ def xquad(data: Path, language: str) -> DataSet:
     asked_later = list(dict.fromkeys(asked_later))
     encoder = "minilm" if language == "en" else "e5"
     respelled = {wording.text: wording for wording in (*_respelled(cached, language, dice), *asked_later, *cached)}
-    return DataSet(f"xquad-{language}", tuple(cached), tuple(asked_later), encoder, streamed=tuple(respelled.values()))
+    return DataSet(name, tuple(cached), tuple(asked_later), encoder, streamed=() if rest else tuple(respelled.values()))
 
 
 def _respelled(cached: list[Wording], language: str, dice: random.Random) -> Iterator[Wording]:
@@ -210,6 +214,9 @@ FILES: dict[str, Callable[[Path], DataSet]] = {
     "xquad-en": lambda data: xquad(data, "en"),
     "xquad-es": lambda data: xquad(data, "es"),
     "xquad-ru": lambda data: xquad(data, "ru"),
+    "xquad-en-rest": lambda data: xquad(data, "en", rest=True),
+    "xquad-es-rest": lambda data: xquad(data, "es", rest=True),
+    "xquad-ru-rest": lambda data: xquad(data, "ru", rest=True),
 }
 PACKAGED: dict[str, Callable[[Any], DataSet]] = {
     "fow-cache": fow_questions,

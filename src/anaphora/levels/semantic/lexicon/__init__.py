@@ -74,6 +74,12 @@ class Lexicon(msgspec.Struct, frozen=True):
     passive: frozenset[str]
     """With one of these the words after `agent` are who does it."""
     agent: str
+    courtesy: frozenset[str]
+    """Words that greet, ask nicely or thank."""
+    interrogatives: dict[str, str]
+    """Words that ask for something, in all their forms, and what they ask for: a person, a time."""
+    named: dict[str, frozenset[str]]
+    """Stems of the words that may stand for those instead: a place, for where."""
 
     def stem(self, word: str) -> str:
         """What the forms of a word in lower case have in common."""
@@ -110,7 +116,11 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     conditions: str
     passive: str
     agent: str
+    courtesy: str
     prefixes: list[tuple[str, str]]
+    interrogatives: dict[str, str]
+    named: dict[str, str]
+    """Of what is asked for, the words for it."""
     contractions: dict[str, str]
     irregular: dict[str, str]
     opposites: list[str]
@@ -177,6 +187,12 @@ def lexicon(language: Language) -> Lexicon:
         conditions=frozenset(file.conditions.split()),
         passive=frozenset(file.passive.split()),
         agent=file.agent,
+        courtesy=frozenset(file.courtesy.split()),
+        interrogatives={word: asked for asked, forms in file.interrogatives.items() for word in forms.split()},
+        named={
+            asked: frozenset(irregular.get(word) or stem_of(word, endings) for word in entries.split())
+            for asked, entries in file.named.items()
+        },
     )
 
 
