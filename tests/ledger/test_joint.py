@@ -125,6 +125,16 @@ def test_who_was_taken_for_dead_and_is_not_holds_again_what_he_held() -> None:
     assert tokens_left(left(back, slow, settled, {})) == 9000
 
 
+def test_what_a_process_does_not_know_that_it_holds_is_taken_back() -> None:
+    """The reply to its last change was lost."""
+    one = party(1, 10)
+    joint = entered(Joint(), one, NOW_S)
+    held = of_hour(NOW_S, Used(tokens=4000))
+    joint = left(joint, one, charged(LIMITS, joint.counts, held, NOW_S), held)
+    assert tokens_left(entered(joint, party(1, 10, told={}), NOW_S)) == 10_000
+    assert tokens_left(entered(joint, party(1, 10, told=of_hour(NOW_S, Used(tokens=1))), NOW_S)) == 9999
+
+
 def test_who_is_late_himself_has_nothing_taken_from_him() -> None:
     slow = party(1, 10)
     joint = entered(Joint(), slow, NOW_S)

@@ -6,7 +6,8 @@
     leases     what each process has reserved for answers under way
 
 A server that is not in it yet (it is new, or the value was lost) adds what it has used by its own counts. What a process has
-reserved is taken back once nothing was heard of it for `LEASE_S`; if it is there after all, it reserves it again.
+reserved is taken back once nothing was heard of it for `LEASE_S`; if it is there after all, it reserves it again. Where it does
+not know that it has reserved something, since the reply was lost, it takes that back itself.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ def entered(joint: Joint, party: Party, now_s: float) -> Joint:
             counts = charged(_BUDGETS, counts, negative(lease.held), now_s)
     if party.server not in joint.servers:
         counts = joined(counts, party.own, now_s)
-    elif all(lease.process != party.process for lease in alive):
-        counts = charged(_BUDGETS, counts, party.told, now_s)
+    else:
+        held = next((lease.held for lease in alive if lease.process == party.process), {})
+        counts = charged(_BUDGETS, counts, added(party.told, negative(held)), now_s)
     others = [server for server in joint.servers if server != party.server]
     return Joint(now_s, counts, (*others[-_NUM_SERVERS + 1 :], party.server), tuple(alive))
 

@@ -86,6 +86,7 @@ class Shared:
         self._ahead_s = clock.now_s() - clock.monotonic_s()
         """Of this process's monotonic clock is that of the cells, as last heard; at first they are taken to have ours."""
         self._returning: asyncio.Task[None] | None = None
+        self._closing = False
 
     @property
     def away(self) -> bool:
@@ -125,12 +126,17 @@ class Shared:
 
     async def aclose(self) -> None:
         """Tell what is left to tell, if anybody listens."""
+        self._closing = True
         if self._returning is not None:
             self._returning.cancel()
-        tasks = [account.task for account in self._accounts.values() if account.task is not None]
-        if tasks:
-            await asyncio.wait(tasks)
+        await self.told()
         await self._cells.aclose()
+
+    async def told(self) -> None:
+        """Until the cells can be reached and hold all that was told."""
+        await asyncio.sleep(0)  # what another thread told is taken in first
+        while tasks := [task for task in (self._returning, *(account.task for account in self._accounts.values())) if task]:
+            await asyncio.wait(tasks)
 
     # -- one tenant ----------------------------------------------------------------------------------------------------
 
@@ -163,7 +169,7 @@ class Shared:
                 try:
                     await self._change(account, asked, owed)
                 except TierFailed as error:
-                    account.owed = added(account.owed, owed)
+                    account.owed, account.doubtful = added(account.owed, owed), True
                     self._lost(error)
                     return
                 finally:
@@ -184,14 +190,14 @@ class Shared:
             joint, held, refused = self._decided(account, asked, owed)
             swapped, account.data, time_s = await self._cells.swap(account.tenant, account.data, packed(joint))
             self._heard(time_s)
-        account.joint, account.told = joint, held
+        account.joint, account.told, account.doubtful = joint, held, False
         for asking, refusal in zip(asked, refused, strict=True):
             if refusal is None:
-                asking.granted = True
                 if asking.holds:
                     account.held = added(account.held, of_hour(joint.now_s, asking.used))
                 if asking.done.cancelled():
                     self._give_back(account, asking)
+                asking.granted = not asking.done.cancelled()
             asking.end(joint.now_s if refusal is None else refusal)
 
     def _decided(
@@ -224,21 +230,23 @@ class Shared:
 
     def _lost(self, error: TierFailed) -> None:
         self._report(Failed("limits", "change", str(error)))
-        if self._returning is None:
+        if self._returning is None and not self._closing:
             log.warning("limits cannot be shared (%s): meanwhile they are held by what this server alone knows", error)
             self._returning = self._loop.create_task(self._return(), name="anaphora-limits-return")
 
     async def _return(self) -> None:
-        while True:
-            await asyncio.sleep(self._rest_s)
-            try:
-                _, time_s = await self._cells.read("")
-            except TierFailed as error:
-                self._report(Failed("limits", "look", str(error)))
-                continue
-            self._heard(time_s)
-            break
-        self._returning = None
+        try:
+            while True:
+                await asyncio.sleep(self._rest_s)
+                try:
+                    _, time_s = await self._cells.read("")
+                except TierFailed as error:
+                    self._report(Failed("limits", "look", str(error)))
+                else:
+                    break
+        finally:
+            self._returning = None
+        self._heard(time_s)
         log.warning("limits are shared with other servers again")
         for account in self._accounts.values():
             self._begin(account)
@@ -266,7 +274,7 @@ class _Asking:
 class _Account:
     """What this process knows of a tenant."""
 
-    __slots__ = ("data", "held", "joint", "limits", "owed", "task", "tenant", "told", "waiting")
+    __slots__ = ("data", "doubtful", "held", "joint", "limits", "owed", "task", "tenant", "told", "waiting")
 
     def __init__(self, tenant: str, limits: LimitConfig) -> None:
         self.tenant = tenant
@@ -282,7 +290,9 @@ class _Account:
         """What is reserved for answers of this process under way."""
         self.told: ByHour = {}
         """What of that is in the cell."""
+        self.doubtful = False
+        """Whether the latest change may have taken place all the same."""
         self.task: asyncio.Task[None] | None = None
 
     def has_news(self) -> bool:
-        return bool(self.waiting or self.owed or self.held != self.told)
+        return bool(self.waiting or self.owed or self.doubtful or self.held != self.told)
