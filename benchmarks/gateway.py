@@ -83,12 +83,14 @@ def main() -> int:
             sides["relayed"] = relayed
         processes = {"through": process, "relayed": relaying_process}
         times: dict[str, list[float]] = {side: [] for side in sides}
+        answers = dict.fromkeys(sides, 0)
         cpu_s = dict.fromkeys(processes.keys() & sides, 0.0)
         for number in range(args.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
                 before_s = {side: used_s(processes[side].pid) for side in cpu_s}
-                found = uvloop.run(phase(sides[side], args, args.seconds, f"{side}{number}"))
+                found, num_answers = uvloop.run(phase(sides[side], args, args.seconds, f"{side}{number}"))
                 times[side] += found
+                answers[side] += num_answers
                 if side in cpu_s:
                     cpu_s[side] += used_s(processes[side].pid) - before_s[side]
                 print(f"round {number + 1}: {side}: p50 {1000 * percentile(found, 50):.1f} ms", file=sys.stderr, flush=True)
@@ -101,7 +103,7 @@ def main() -> int:
         "dialect": args.dialect,
         "upstream": upstream_dialect,
         "optimiser": args.optimiser,
-        "answers": {side: len(found) for side, found in times.items()},
+        "answers": answers,
         "first_byte_ms": {
             side: {f"p{p}": round(1000 * percentile(found, p), 2) for p in (50, 90, 99)} for side, found in times.items()
         },
@@ -110,8 +112,8 @@ def main() -> int:
             for side, found in times.items()
             if side != "straight"
         },
-        "cpu_ms_per_answer": {side: round(1000 * used / max(1, len(times[side])), 2) for side, used in cpu_s.items()},
-        "cpu_ms_per_event": {side: round(1000 * used / max(1, TOKENS * len(times[side])), 3) for side, used in cpu_s.items()},
+        "cpu_ms_per_answer": {side: round(1000 * used / max(1, answers[side]), 2) for side, used in cpu_s.items()},
+        "cpu_ms_per_event": {side: round(1000 * used / max(1, TOKENS * answers[side]), 3) for side, used in cpu_s.items()},
         "events_per_answer": TOKENS,
     }
     print(json.dumps(report, indent=2))
@@ -290,15 +292,17 @@ class Answering(asyncio.Protocol):
             self._over.set_exception(RuntimeError("the connection was closed amid an answer"))
 
 
-async def phase(url: str, args: argparse.Namespace, seconds: float, name: str) -> list[float]:
-    """Times to the first byte, of requests that began after all streams were there."""
+async def phase(url: str, args: argparse.Namespace, seconds: float, name: str) -> tuple[list[float], int]:
+    """Times to the first byte, of requests that began after all streams were there, and how many answers came in all."""
     times: list[float] = []
+    num_answers = 0
     until_s = time.perf_counter() + seconds
     host, _, port = url.removeprefix("http://").partition(":")
     fields = {**HEADERS, "host": host, "content-type": "application/json"}
     head = f"POST {PATHS[args.dialect]} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in fields.items())
 
     async def stream(number: int) -> None:
+        nonlocal num_answers
         await asyncio.sleep(number * (args.first + TOKENS / args.rate) / args.streams)  # not all in step
         transport, answering = await asyncio.get_running_loop().create_connection(Answering, host, int(port))
         asked = 0
@@ -306,12 +310,15 @@ async def phase(url: str, args: argparse.Namespace, seconds: float, name: str) -
             question = {"role": "user", "content": f"{name} {number} {asked} {WORDS}"}
             asking = {"model": MODELS[args.dialect], "max_tokens": TOKENS, "stream": True, "messages": [question]}
             body = json.dumps(asking)
-            times.append(await answering.ask(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode()))
+            first_s = await answering.ask(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            if asked:  # when the first one was asked, not all streams were there, and no connection either
+                times.append(first_s)
             asked += 1
+        num_answers += asked
         transport.close()
 
     await asyncio.gather(*map(stream, range(args.streams)))
-    return times
+    return times, num_answers
 
 
 def used_s(pid: int) -> float:
