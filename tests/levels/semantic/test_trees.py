@@ -35,6 +35,15 @@ def test_a_tree_with_more_leaves_than_there_are_bits_is_refused() -> None:
         Trees(table_of([{"tree_structure": tree}], scale=1.0))
 
 
+def test_a_row_that_is_too_short_is_no_row() -> None:
+    leaves = {"left_child": {"leaf_value": 0.0}, "right_child": {"leaf_value": 1.0}}
+    trees = Trees(table_of([{"tree_structure": {"split_feature": 2, "threshold": 0.5, **leaves}}], scale=1.0))
+
+    assert trees.score([0.0, 0.0, 1.0]) == 1.0
+    with pytest.raises(ValueError, match="2 values"):
+        trees.score([0.0, 1.0])
+
+
 def test_training_on_a_small_sample_writes_both_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

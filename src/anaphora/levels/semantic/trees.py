@@ -38,10 +38,14 @@ class Trees:
             self._left[: len(inner), tree] = [left for _, left in inner]
             self._values[: len(outer), tree] = table["values"][outer]
         self._columns = np.arange(len(nodes))
+        self._least = int(self._features.max()) + 1
 
     def score(self, row: Sequence[float]) -> float:
-        """The sum of what the trees say, in log-odds."""
-        right = ~(np.array(row, np.float64).take(self._features) <= self._thresholds)
+        """The sum of what the trees say, in log-odds. Raises ValueError where the row is too short."""
+        if len(row) < self._least:
+            raise ValueError(f"a row of {len(row)} values, fewer than {self._least}")
+        values = np.array(row, np.float64).take(self._features, mode="clip")  # the length is checked
+        right = ~(values <= self._thresholds)
         ruled_out = np.bitwise_or.reduce(self._left * right, axis=0)
         leaves = np.bitwise_count(ruled_out ^ (ruled_out + self._left.dtype.type(1))) - 1
         return float(self._values[leaves, self._columns].sum())
