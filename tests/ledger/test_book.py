@@ -179,3 +179,11 @@ def test_a_failed_batch_leaves_nothing(book: Book) -> None:
     with pytest.raises(BookProblem):
         book.append([made(), broken])
     assert len(book.rows(Query())) == 1
+
+
+def test_a_book_is_told_from_every_other_also_when_it_is_opened_again(book: Book, tmp_path: Path) -> None:
+    number = book.identity()
+    book.append([made()])
+    assert Book(book.path, writes=True).identity() == number
+    assert Book(tmp_path / "other.db", writes=True).identity() != number
+    assert len(Book(book.path).rows(Query())) == 1

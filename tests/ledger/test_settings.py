@@ -10,6 +10,7 @@ import pytest
 
 from anaphora.config import Config, LimitConfig, ledger_path, load, shown
 from anaphora.errors import ConfigError
+from anaphora.server.books import check_books
 
 
 def test_limits_survive_being_handed_to_a_worker_to_the_last_decimal(tmp_path: Path) -> None:
@@ -51,3 +52,28 @@ def test_a_mistake_is_named(tmp_path: Path, toml: str, words: str) -> None:
 def test_the_ledger_lies_in_the_cache_folder_unless_it_is_said_where() -> None:
     assert ledger_path(load(environ={"ANAPHORA_CACHE_DIR": "/there"}).config) == Path("/there/ledger.db")
     assert ledger_path(load(environ={"ANAPHORA_LEDGER_PATH": "~/my.db"}).config) == Path("~/my.db").expanduser()
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[ledger]\nshare_limits = true", r"ledger\.share_limits: .* set cache\.shared"),
+        (
+            "[ledger]\nshare_limits = true\n[cache]\nshared = 'redis://h'\n[server]\nvirtual_clock = true",
+            r"ledger\.share_limits: .* not by a virtual clock",
+        ),
+    ],
+)
+def test_limits_are_shared_only_where_they_can_be(toml: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "anaphora.toml"
+    file.write_text(toml)
+    with pytest.raises(ConfigError, match=words):
+        load(file, environ={})
+
+
+def test_an_address_on_which_no_limits_can_be_shared_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    file = tmp_path / "anaphora.toml"
+    file.write_text("[ledger]\nshare_limits = true\n[cache]\nshared = 'redis+cluster://h:6379/3'")
+    with pytest.raises(ConfigError, match=r"cache\.shared: a cluster has no numbered databases"):
+        check_books(load(file, environ={}).config)
