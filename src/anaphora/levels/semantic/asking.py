@@ -20,7 +20,8 @@ def asks_otherwise(a: Prepared, b: Prepared) -> bool:
     words = lexicon(a.language or "en")
     if not words.interrogatives.keys() & (a.facts.known ^ b.facts.known):
         return False
-    return _exchanged(a, b, words) or _exchanged(b, a, words)
+    ours, theirs = _missing(a, b, words), _missing(b, a, words)
+    return (len(ours) < 2 and _exchanged(a, b, theirs, words)) or (len(theirs) < 2 and _exchanged(b, a, ours, words))
 
 
 _NEAR: Final = frozenset(
@@ -29,21 +30,32 @@ _NEAR: Final = frozenset(
 """What is the weather like, how is the weather; where can I sign up, how can I."""
 
 
-def _exchanged(a: Prepared, b: Prepared, words: Lexicon) -> bool:
+def _exchanged(a: Prepared, b: Prepared, theirs: list[str], words: Lexicon) -> bool:
     asked_by = words.interrogatives
     also = {asked_by[token.low] for token in b.tokens if token.low in asked_by}
+    new = [
+        place
+        for place, token in enumerate(b.tokens)
+        if (token.content or token.low in asked_by) and token.low not in a.facts.known
+    ]
     for place, token in enumerate(a.tokens):
         asked = asked_by.get(token.low)
         if asked is None or asked in also or _names(b, a, asked, words):
             continue
-        for there, other in enumerate(b.tokens):
-            if other.low in a.facts.known or not _same_place(a.tokens, place, b.tokens, there, words):
+        for there in new:
+            other = b.tokens[there]
+            # At most one word of each is missing in the other, but for the one that is there instead.
+            if len(theirs) - theirs.count(other.stem) > 1 or not _same_place(a.tokens, place, b.tokens, there, words):
                 continue
             instead = asked_by.get(other.low)
-            otherwise = _asks_not(other, token, words) if instead is None else _asks_else(asked, instead, a, b, words)
-            if otherwise and _alike(a, b, other, words):
+            if _asks_not(other, token, words) if instead is None else _asks_else(asked, instead, a, b, words):
                 return True
     return False
+
+
+def _missing(a: Prepared, b: Prepared, words: Lexicon) -> list[str]:
+    """Stems of what `a` says and `b` does not."""
+    return [stem for stem in a.content if stem not in b.facts.known and stem not in words.filler]
 
 
 def _names(text: Prepared, other: Prepared, asked: str, words: Lexicon) -> bool:
@@ -85,10 +97,3 @@ def _before(tokens: Sequence[Token], place: int, words: Lexicon) -> str:
 
 def _after(tokens: Sequence[Token], place: int) -> str:
     return "" if tokens[place].after or place + 1 == len(tokens) else tokens[place + 1].stem
-
-
-def _alike(a: Prepared, b: Prepared, other: Token, words: Lexicon) -> bool:
-    """At most one word of each is missing in the other, but for the one that does not ask."""
-    left = sum(stem not in b.facts.known and stem not in words.filler for stem in a.content)
-    right = sum(stem not in a.facts.known and stem not in words.filler for stem in b.content if stem != other.stem)
-    return left <= 1 and right <= 1
