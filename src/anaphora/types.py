@@ -201,6 +201,8 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     details: dict[str, int] = {}
     """Kinds of tokens among those counted above, where an upstream tells: `reasoning` and `audio_output` of the output,
     `audio_input` and `image_input` of the prompt."""
+    reads_unsaid: bool = False
+    """The upstream says nothing of its cache: that nothing was read is not known."""
 
     @property
     def prompt_tokens(self) -> int:

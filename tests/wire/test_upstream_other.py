@@ -31,9 +31,9 @@ CACHED = {"input_tokens": 3, "output_tokens": 4, "cache_read_input_tokens": 5}
 @pytest.mark.parametrize(
     ("usage", "found"),
     [
-        (PICTURE, Usage(50, 4160, details={"image_input": 40})),
-        (SPEECH, Usage(14, 45, details={"audio_input": 14})),
-        ({"prompt_tokens": 7, "total_tokens": 7}, Usage(7)),
+        (PICTURE, Usage(50, 4160, details={"image_input": 40}, reads_unsaid=True)),
+        (SPEECH, Usage(14, 45, details={"audio_input": 14}, reads_unsaid=True)),
+        ({"prompt_tokens": 7, "total_tokens": 7}, Usage(7, reads_unsaid=True)),
         ({"total_tokens": 56}, Usage(56)),
         ({"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}, Usage(5, 2, 4)),
         ({"type": "duration", "seconds": 9}, None),

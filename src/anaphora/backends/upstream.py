@@ -247,9 +247,9 @@ class Upstream:
             raise NotFound(f"The upstream {self.name} has no way to count tokens.", code="no_token_count")
         dialect = self._main
         if native is not None and native.dialect == dialect.name:
-            body = dialect.passed(native.body, model=self._model(request.model))
+            body = dialect.passed(native.body, model=self.model_there(request.model))
         else:
-            body = dialect.write(request, model=self._model(request.model))
+            body = dialect.write(request, model=self.model_there(request.model))
             for key in ("max_tokens", "stream"):
                 body.pop(key, None)
         sent = self._request(request, f"{dialect.path}/count_tokens", encode(body))
@@ -270,8 +270,8 @@ class Upstream:
             raise UpstreamFailed(f"The upstream {self.name} answered with something else than a count.", 502) from error
 
     async def tokenize(self, request: Request) -> list[int]:
-        """The tokens of the prompt, by vLLM's `/tokenize`; none of one that is more than words, or is kept apart. Raises
-        NotFound where the upstream has no such thing, UpstreamFailed where it does not answer."""
+        """The tokens of the prompt, by vLLM's `/tokenize`; none of one that is more than words. Raises NotFound where the
+        upstream has no such thing, UpstreamFailed where it does not answer."""
         body = self._to_tokenize(request)
         if body is None:
             return []
@@ -283,15 +283,31 @@ class Upstream:
         except msgspec.MsgspecError as error:
             raise UpstreamFailed(f"The upstream {self.name} answered with something else than tokens.", 502) from error
 
+    async def adapters(self, request: Request) -> frozenset[str]:
+        """Those of its models that are adapters of another one, as vLLM tells them; `request` is asked for the key. Raises
+        UpstreamFailed where it cannot be reached."""
+        sent = _Sent("GET", f"{self._base}/v1/models", b"", self._authorisation(request))
+        _, data = await self._small(sent, {}, _TEXT_S)
+        try:
+            listed = msgspec.json.decode(data, type=_Listed).data
+        except msgspec.MsgspecError:
+            return frozenset()
+        return frozenset([model.id for model in listed if model.parent is not None])
+
+    def model_there(self, name: str) -> str:
+        """What it calls the model."""
+        return self.options.rename.get(name, name)
+
     def _to_tokenize(self, request: Request) -> Json | None:
         words = all(not isinstance(part, MediaPart) for message in request.messages for part in message.content)
-        if not words or request.cache_salt is not None or (request.native is not None and request.native.unread):
+        if not words or (request.native is not None and request.native.unread):
             return None
+        request = msgspec.structs.replace(request, cache_salt=None)  # it changes no token
         dialect, body = self._written(request)
         if dialect.name not in ("openai_chat", "openai_completions"):
             if (chat := self._dialects.get("openai_chat")) is None:
                 return None
-            body = chat.write(request, model=self._model(request.model))
+            body = chat.write(request, model=self.model_there(request.model))
         found = {name: body[name] for name in _TOKENIZED if name in body}
         return found if "messages" in found or isinstance(found.get("prompt"), str) else None
 
@@ -368,15 +384,12 @@ class Upstream:
     # -- the request ---------------------------------------------------------------------------------------------------------
 
     def _written(self, request: Request) -> tuple[UpstreamDialect, Json]:
-        native, model = request.native, self._model(request.model)
+        native, model = request.native, self.model_there(request.model)
         if native is not None and (own := self._dialects.get(native.dialect)) is not None:
             return own, own.passed(native.body, model=model)
         if native is not None and native.unread:
             raise InvalidRequest(native.unread)
         return self._main, self._main.write(request, model=model)
-
-    def _model(self, name: str) -> str:
-        return self.options.rename.get(name, name)
 
     def _request(self, request: Request, path: str, data: bytes, further: dict[str, str] | None = None) -> _Sent:
         native = request.native
@@ -524,6 +537,15 @@ class _Counted(msgspec.Struct, frozen=True):
 
 class _Tokenized(msgspec.Struct, frozen=True):
     tokens: list[int]
+
+
+class _Model(msgspec.Struct, frozen=True):
+    id: str
+    parent: str | None = None
+
+
+class _Listed(msgspec.Struct, frozen=True):
+    data: list[_Model]
 
 
 _TOKENIZED = (

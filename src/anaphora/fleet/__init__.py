@@ -345,7 +345,7 @@ class Fleet:
                         elif isinstance(delta, End):
                             # Here, because whoever has the end of an answer reads no further.
                             breaker.succeeded()
-                            route.ended(self._clock.monotonic_s(), **_counts(delta.usage))
+                            route.ended(self._clock.monotonic_s(), **_counts(delta.usage, target.replica))
                             # What another model said is no answer to remember under the name of this one.
                             burst[place] = msgspec.structs.replace(delta, faithful=delta.faithful and not other)
                         elif not spoken:
@@ -445,7 +445,7 @@ class Fleet:
             found[f"upstream_{name}_resting"] = int(not replica.breaker.passes(self._clock.monotonic_s()))
             found[f"upstream_{name}_num_rests"] = replica.breaker.num_opened
             if replica.listening is not None:
-                found[f"upstream_{name}_num_event_batches_missed"] = replica.listening.num_missed
+                found |= {f"upstream_{name}_{key}": value for key, value in replica.listening.stats().items()}
         return found
 
     async def aclose(self) -> None:
@@ -469,10 +469,12 @@ class _Counted(TypedDict):
     cached_tokens: int | None
 
 
-def _counts(usage: Usage) -> _Counted:
-    """What an answer says of itself. Of short prompts most providers say nothing, whatever they have."""
+def _counts(usage: Usage, replica: Replica) -> _Counted:
+    """What an answer says of itself. Of short prompts most providers say nothing, whatever they have. Some servers never do
+    (vLLM without `--enable-prompt-tokens-details`), others only where there is something to say."""
+    replica.says_reads |= not usage.reads_unsaid
     cached: int | None = usage.kv_reused_tokens or usage.cache_read_input_tokens
-    if not cached and usage.prompt_tokens < SHORT_TOKENS:
+    if not cached and (usage.prompt_tokens < SHORT_TOKENS or not replica.says_reads):
         cached = None
     return _Counted(output_tokens=usage.output_tokens, cached_tokens=cached)
 

@@ -1,7 +1,8 @@
 """What a replica's cache says of itself, told to the router: events by a thread, tokens asked for in the background.
 
 The router knows pieces of text. Which blocks of tokens they are is learned behind the requests: of the latest ones that have
-pieces not yet known the replica is asked how it tokenizes them, one at a time (`routing.associations`).
+pieces not yet known the replica is asked how it tokenizes them, one at a time (`routing.associations`). Prompts for an adapter,
+or with a salt, have blocks of their own, though their tokens are those of others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from anaphora.errors import ConfigError, NotFound, ServiceError
 from anaphora.keys import block_hashes
 from anaphora.routing.associations import Associations
 from anaphora.routing.base import CacheEvent, Question
-from anaphora.routing.vllm_events import Subscriber, Translator
+from anaphora.routing.vllm_events import Subscriber, Translator, apart
 from anaphora.types import Request
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ class Listening:
         self._subscriber: Subscriber | None = None
         self._associations = Associations()
         self._block_size = 0
+        self._adapters: frozenset[str] = frozenset()
+        self._models: set[str] = set()
+        """Of which it is known whether they are adapters."""
         self._sent: list[Question] = []
         """Not yet told to the associations: that is done off the requests' path."""
         self._waiting: deque[tuple[Request, Question, int]] = deque(maxlen=_MAX_WAITING)
@@ -75,10 +79,15 @@ class Listening:
         self._waiting.append((request, question, self._associations.num_events))
         self._wake.set()
 
-    @property
-    def num_missed(self) -> int:
-        """Batches of events that never came."""
-        return 0 if self._subscriber is None else self._subscriber.num_missed
+    def stats(self) -> dict[str, int]:
+        """Batches of events that came, and that never came; what the router learned of pieces of text by them."""
+        subscriber, associations = self._subscriber, self._associations
+        return {
+            "num_event_batches": 0 if subscriber is None else subscriber.num_batches,
+            "num_event_batches_missed": 0 if subscriber is None else subscriber.num_missed,
+            "num_pieces_stored": associations.num_arrived,
+            "num_pieces_dropped": associations.num_lost,
+        }
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -94,7 +103,7 @@ class Listening:
             log.exception("the events of upstream %s are not read any more", self._upstream.name)
 
     def _heard(self, events: Sequence[CacheEvent], block_size: int) -> None:
-        if block_size != self._block_size:
+        if block_size and block_size != self._block_size:
             if self._block_size:  # it was started anew, otherwise: the blocks that are known are not its
                 self._associations = Associations()
             self._block_size = block_size
@@ -125,6 +134,7 @@ class Listening:
                     continue
                 try:
                     tokens = await self._upstream.tokenize(request)
+                    namespace = await self._namespace(request)
                 except NotFound as error:
                     log.info("%s; what its events say stays unknown to the router", error.message)
                     await self._only_note()
@@ -132,7 +142,7 @@ class Listening:
                     log.debug("upstream %s does not tokenize: %s", self._upstream.name, error.message)
                     await asyncio.sleep(_PAUSE_S)
                 else:
-                    await self._learn(question, tokens, since)
+                    await self._learn(question, namespace, tokens, since)
 
     async def _only_note(self) -> None:
         while True:
@@ -141,8 +151,15 @@ class Listening:
             self._wake.clear()
             await self._wake.wait()
 
-    async def _learn(self, question: Question, tokens: Sequence[int], since: int) -> None:
+    async def _namespace(self, request: Request) -> bytes:
+        model = self._upstream.model_there(request.model)
+        if model not in self._models:
+            self._adapters = await self._upstream.adapters(request)
+            self._models.add(model)
+        return apart(_NAMESPACE, model if model in self._adapters else "", request.cache_salt or "")
+
+    async def _learn(self, question: Question, namespace: bytes, tokens: Sequence[int], since: int) -> None:
         size = self._block_size
-        blocks = await asyncio.to_thread(block_hashes, _NAMESPACE, tokens, size)
+        blocks = await asyncio.to_thread(block_hashes, namespace, tokens, size)
         if size == self._block_size:
             self._told(self._noted().learn(question, blocks, size, len(tokens), since))

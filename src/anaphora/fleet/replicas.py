@@ -15,7 +15,7 @@ from anaphora.routing.base import Replica as RoutedReplica
 class Replica:
     """An upstream as one of the fleet."""
 
-    __slots__ = ("breaker", "config", "draining", "listening", "started_s", "upstream")
+    __slots__ = ("breaker", "config", "draining", "listening", "says_reads", "started_s", "upstream")
 
     def __init__(self, upstream: Upstream, config: UpstreamConfig, breaker: Breaker, started_s: float) -> None:
         self.upstream = upstream
@@ -23,6 +23,8 @@ class Replica:
         self.breaker = breaker
         self.draining = False
         """It finishes what it has and is asked nothing new."""
+        self.says_reads = False
+        """It said once how much of a prompt its cache had: where it says nothing, that was nothing."""
         self.started_s = started_s
         """When it joined."""
         self.listening: Listening | None = None

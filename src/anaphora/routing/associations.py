@@ -52,6 +52,8 @@ class Associations:
         self._cleared = 0
         self.num_events = 0
         """A point in time: how many were heard."""
+        self.num_arrived = self.num_lost = 0
+        """Pieces that the replica said to be there, and to be gone."""
 
     # -- what is asked -------------------------------------------------------------------------------------------------
 
@@ -116,6 +118,7 @@ class Associations:
         self._removed.clear()
         self._cleared = self.num_events
         for piece in self._pieces.values():
+            self.num_lost += not piece.lost
             piece.there, piece.lost = False, True
 
     def _stored(self, event: BlocksStored) -> list[CacheEvent]:
@@ -159,6 +162,7 @@ class Associations:
                 one = waiting.pop()
                 if not one.there and self._is_stored(one) and (one.parent is None or one.parent.there):
                     one.there, one.lost = True, False
+                    self.num_arrived += 1
                     for before in reversed(_line(one.parent)):  # who counts what is there from its beginning on must have that
                         new.setdefault(before)
                     new.setdefault(one)
@@ -174,6 +178,7 @@ class Associations:
             piece.there = False
             if not piece.lost:
                 piece.lost = True
+                self.num_lost += 1
                 lost.append(piece.name)
                 waiting += piece.children
         return [BlocksRemoved(tuple(lost))] if lost else []

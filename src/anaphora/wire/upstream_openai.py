@@ -188,7 +188,8 @@ def read_usage(value: object) -> Usage:
     of_prompt, of_output = object_of(usage.get(f"{prompt}_details")), object_of(usage.get(f"{output}_details"))
     num_prompt, num_output = count_of(usage.get(prompt)), count_of(usage.get(output))
     cached = of_prompt.get("cached_tokens")
-    read = min(num_prompt, count_of(usage.get("prompt_cache_hit_tokens") if cached is None else cached))
+    cached = usage.get("prompt_cache_hit_tokens") if cached is None else cached
+    read = min(num_prompt, count_of(cached))
     written = min(num_prompt - read, count_of(of_prompt.get("cache_write_tokens")))
     lifetimes = object_of(of_prompt.get("cache_write_tokens_details"))
     by_lifetime = {ttl: count_of(lifetimes.get(f"ttl_{ttl}_tokens")) for ttl in ("30m", "12h")}
@@ -206,6 +207,7 @@ def read_usage(value: object) -> Usage:
         cache_creation_input_tokens=written,
         written={ttl: count for ttl, count in by_lifetime.items() if count} if sum(by_lifetime.values()) == written else {},
         details={kind: count for kind, count in details.items() if count},
+        reads_unsaid=cached is None,
     )
 
 
