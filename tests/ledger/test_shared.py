@@ -343,6 +343,34 @@ def test_while_the_server_is_gone_each_holds_the_limit_alone_and_once_it_is_back
     assert len([text for text in said if "again" in text]) == 2
 
 
+def test_a_server_that_answers_and_takes_nothing_is_gone_and_said_to_be_once(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("redis")
+    caplog.set_level(logging.WARNING, "anaphora.ledger.shared")
+
+    async def body(valkey: ValkeyServer) -> None:
+        tried = asyncio.Event()
+        server = Server(cells(valkey.url), 1, rest_s=0.01)
+        assert await server.admitted()
+        valkey.command("CONFIG", "SET", "maxmemory", "1")
+
+        def report(event: Event) -> None:
+            server.events.append(event)
+            if len(server.events) == 5:
+                tried.set()
+
+        server.shared._report = report
+        assert [await server.admitted() for _ in range(10)] == 9 * [True] + [False]
+        await tried.wait()
+        valkey.command("CONFIG", "SET", "maxmemory", "0")
+        await server.shared.told()
+        assert not await server.admitted()
+        await server.allowance.aclose()
+
+    with ValkeyServer() as valkey:
+        asyncio.run(body(valkey))
+    assert len(caplog.records) == 2
+
+
 def test_a_server_that_was_never_there_holds_nobody_up() -> None:
     pytest.importorskip("redis")
 

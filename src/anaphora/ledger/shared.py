@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -83,6 +84,8 @@ class Shared:
         self._rest_s = rest_s
         self._loop = asyncio.get_running_loop()
         self._accounts: dict[str, _Account] = {}
+        self._lock = threading.Lock()
+        """On what they owe and hold."""
         self._ahead_s = clock.now_s() - clock.monotonic_s()
         """Of this process's monotonic clock is that of the cells, as last heard; at first they are taken to have ours."""
         self._returning: asyncio.Task[None] | None = None
@@ -114,8 +117,7 @@ class Shared:
 
     def tell(self, tenant: str, limits: LimitConfig, at_s: float, used: Used, held: Used = Used()) -> None:  # noqa: B008 (frozen)
         """What began at `at_s` has used so much, and holds so much more, or less."""
-        with suppress(RuntimeError):  # the loop is closed: this process has ended
-            self._loop.call_soon_threadsafe(self._owe, tenant, limits, of_hour(at_s, used), of_hour(at_s, held))
+        self._owe(self._account(tenant, limits), of_hour(at_s, used), of_hour(at_s, held))
 
     def counts(self, tenant: str) -> tuple[Counts, float] | None:
         """As last heard, and the time. None: nothing was, or what was may be old."""
@@ -135,41 +137,40 @@ class Shared:
     async def told(self) -> None:
         """Until the cells can be reached and hold all that was told."""
         await asyncio.sleep(0)  # what another thread told is taken in first
-        while tasks := [task for task in (self._returning, *(account.task for account in self._accounts.values())) if task]:
-            await asyncio.wait(tasks)
+        while True:
+            tasks = [account.task for account in list(self._accounts.values())]
+            unfinished = [task for task in (self._returning, *tasks) if task is not None]
+            if not unfinished:
+                break
+            await asyncio.wait(unfinished)
 
     # -- one tenant ----------------------------------------------------------------------------------------------------
 
     def _account(self, tenant: str, limits: LimitConfig) -> _Account:
-        account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = _Account(tenant, limits)
-        return account
+        return self._accounts.get(tenant) or self._accounts.setdefault(tenant, _Account(tenant, limits))
 
-    def _owe(self, tenant: str, limits: LimitConfig, used: ByHour, held: ByHour) -> None:
-        account = self._account(tenant, limits)
-        account.owed, account.held = added(account.owed, used), added(account.held, held)
-        if not self.away:
-            self._begin(account)
+    def _owe(self, account: _Account, used: ByHour, held: ByHour) -> None:
+        with self._lock:
+            account.owed, account.held = added(account.owed, used), added(account.held, held)
+        with suppress(RuntimeError):  # the loop is closed: this process has ended
+            self._loop.call_soon_threadsafe(self._begin, account)
 
     def _give_back(self, account: _Account, asking: _Asking) -> None:
         """Whoever asked for it is gone."""
         used = of_hour(account.joint.now_s, asking.used)
-        self._owe(account.tenant, account.limits, negative(used), negative(used) if asking.holds else {})
+        self._owe(account, negative(used), negative(used) if asking.holds else {})
 
     def _begin(self, account: _Account) -> None:
-        if account.task is None:
+        if account.task is None and not self.away:
             account.task = self._loop.create_task(self._tell_all(account), name="anaphora-limits")
 
     async def _tell_all(self, account: _Account) -> None:
         try:
             while account.has_news():
                 asked, account.waiting = account.waiting, []
-                owed, account.owed = account.owed, {}
                 try:
-                    await self._change(account, asked, owed)
+                    await self._change(account, asked)
                 except TierFailed as error:
-                    account.owed, account.doubtful = added(account.owed, owed), True
                     self._lost(error)
                     return
                 finally:
@@ -181,20 +182,30 @@ class Shared:
                 asking.end(Away())
             account.waiting = []
 
-    async def _change(self, account: _Account, asked: list[_Asking], owed: ByHour) -> None:
-        if account.data is None:
-            account.data, time_s = await self._cells.read(account.tenant)
-            self._heard(time_s)
-        swapped = False
-        while not swapped:
-            joint, held, refused = self._decided(account, asked, owed)
-            swapped, account.data, time_s = await self._cells.swap(account.tenant, account.data, packed(joint))
-            self._heard(time_s)
+    async def _change(self, account: _Account, asked: list[_Asking]) -> None:
+        owed: ByHour = {}
+        try:
+            if account.data is None:
+                account.data, time_s = await self._cells.read(account.tenant)
+                self._heard(time_s)
+            swapped = False
+            while not swapped:
+                with self._lock:
+                    owed, account.owed = added(owed, account.owed), {}
+                joint, held, refused = self._decided(account, asked, owed)
+                swapped, account.data, time_s = await self._cells.swap(account.tenant, account.data, packed(joint))
+                self._heard(time_s)
+        except TierFailed:
+            with self._lock:
+                account.owed = added(account.owed, owed)
+            account.doubtful = True
+            raise
         account.joint, account.told, account.doubtful = joint, held, False
         for asking, refusal in zip(asked, refused, strict=True):
             if refusal is None:
                 if asking.holds:
-                    account.held = added(account.held, of_hour(joint.now_s, asking.used))
+                    with self._lock:
+                        account.held = added(account.held, of_hour(joint.now_s, asking.used))
                 if asking.done.cancelled():
                     self._give_back(account, asking)
                 asking.granted = not asking.done.cancelled()
@@ -235,20 +246,21 @@ class Shared:
             self._returning = self._loop.create_task(self._return(), name="anaphora-limits-return")
 
     async def _return(self) -> None:
+        """By changing what could not be changed: a server that is full, say, still answers other questions."""
         try:
             while True:
                 await asyncio.sleep(self._rest_s)
+                account = next(account for account in list(self._accounts.values()) if account.doubtful)
                 try:
-                    _, time_s = await self._cells.read("")
+                    await self._change(account, [])
                 except TierFailed as error:
-                    self._report(Failed("limits", "look", str(error)))
+                    self._report(Failed("limits", "change", str(error)))
                 else:
                     break
         finally:
             self._returning = None
-        self._heard(time_s)
         log.warning("limits are shared with other servers again")
-        for account in self._accounts.values():
+        for account in list(self._accounts.values()):
             self._begin(account)
 
 
