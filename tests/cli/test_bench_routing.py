@@ -34,8 +34,19 @@ def test_several_draws_are_told_together_too(capsys: pytest.CaptureFixture[str])
     assert main([*command, "--strategies", "expected,prefix,usage", "--seeds", "1,2,3", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert [trace["seed"] for trace in figures["traces"]] == [1, 2, 3]
-    assert [(one["strategy"], one["num_draws"]) for one in figures["spreads"]] == [("prefix", 3), ("usage", 3)]
+    strategies = ("expected", "prefix", "usage")
+    assert [(one["strategy"], one["num_draws"]) for one in figures["spreads"]] == [(name, 3) for name in strategies]
     assert main([*command, "--strategies", "expected,prefix", "--seeds", "1,2,3"]) == 0
+    assert "Over all draws" in capsys.readouterr().out
+
+
+def test_sessions_are_two_for_each_replica_and_have_no_load(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "routing", "--trace", "sessions", "--replicas", "2", "--strategies", "expected,prefix"]
+    assert main([*command, "--token-s", "5e-3", "--json"]) == 0
+    (trace,) = json.loads(capsys.readouterr().out)["traces"]
+    assert (trace["num_requests"], trace["saturation_per_s"]) == (16, None)
+    assert [row["load"] for row in trace["rows"]] == [None, None]
+    assert main([*command, "--seeds", "1,2,3"]) == 0
     assert "Over all draws" in capsys.readouterr().out
 
 

@@ -41,16 +41,50 @@ class World:
         return name
 
 
-@given(num_turns=st.integers(1, 12), added=st.integers(1, 30), first=st.integers(0, 40), gap_s=st.floats(2, 2000))
-def test_a_conversation_stays_where_it_began_while_nobody_else_asks(
-    num_turns: int, added: int, first: int, gap_s: float
+@given(
+    num_turns=st.integers(1, 12),
+    added=st.integers(1, 30),
+    first=st.integers(0, 40),
+    gap_s=st.floats(0, 2000),
+    token_s=st.floats(1e-5, 0.1),
+)
+def test_a_conversation_stays_where_it_began_while_nobody_else_asks_however_slow_the_replicas_are(
+    num_turns: int, added: int, first: int, gap_s: float, token_s: float
 ) -> None:
     world = World(Expected(), fleet("one", "two", "three", capacity_tokens=1_000_000))
-    places = {
-        world.answer(msgspec.structs.replace(chain("talk", first + added * turn), session="s-1"), gap_s * turn)
-        for turn in range(1, num_turns + 1)
-    }
+    places, now_s, num_known = set(), 0.0, 0
+    for turn in range(1, num_turns + 1):
+        asked = msgspec.structs.replace(chain("talk", first + added * turn), session="s-1")
+        first_s = token_s * (100 + asked.num_tokens - num_known)
+        places.add(world.answer(asked, now_s, first_s=first_s))
+        now_s += first_s + 1.0 + gap_s
+        num_known = asked.num_tokens
     assert len(places) == 1
+
+
+@given(token_s=st.floats(1e-5, 0.1), num_requests=st.integers(3, 12), apart_s=st.floats(0, 5))
+def test_before_anything_is_known_of_their_speed_all_get_alike(token_s: float, num_requests: int, apart_s: float) -> None:
+    """And not whoever was asked last, because the one before it waits longer already."""
+    world = World(Expected(), fleet("one", "two", "three", capacity_tokens=1_000_000))
+    places = [world.begin(chain(f"stranger {number}", 20), apart_s * number)[1] for number in range(num_requests)]
+    counts = [places.count(name) for name in ("one", "two", "three")]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_the_first_answer_of_a_slow_pool_says_what_a_cache_is_worth_there() -> None:
+    world = World(Expected(), fleet("one", "two", capacity_tokens=1_000_000))
+    place = world.answer(chain("talk", 40), 0.0, first_s=10.0)
+    known = pick(world.strategy, chain("talk", 41), world.replicas, 20.0)
+    assert known.replica == place
+    assert max(known.scores.values()) - min(known.scores.values()) > 10.0
+    assert known.reasons["unexplained"] == 0.0  # that it came later than guessed says nothing
+
+
+def test_a_pool_of_which_nothing_is_known_is_taken_to_be_like_another() -> None:
+    replicas = [Replica(name, pool=name) for name in ("one", "two")]
+    world = World(Expected(), replicas)
+    place = world.answer(chain("talk", 40), 0.0, first_s=10.0)
+    assert pick(world.strategy, chain("talk", 41), replicas, 20.0).replica == place
 
 
 def test_a_prompt_too_short_for_a_block_stays_by_its_session_and_by_no_other_that_looks_alike() -> None:
@@ -106,7 +140,7 @@ def test_a_popular_prefix_spreads_once_the_queue_of_its_holder_outweighs_computi
 
 def test_turns_of_one_conversation_at_once_do_not_fill_the_memory_that_they_share() -> None:
     world = World(Expected(), fleet("one", "two", capacity_tokens=10_000))
-    place = world.answer(chain("talk", 100), 0.0)
+    place = world.answer(chain("talk", 100), 0.0, first_s=5.0)
     places = {world.begin(chain("talk", 100, tokens=6410 + number), 100.0)[1] for number in range(8)}
     assert places == {place}  # 8 prompts of 6,410 tokens, of which 6,400 are there once
 
@@ -141,7 +175,7 @@ def test_what_is_late_everywhere_is_held_against_nobody() -> None:
 
 
 def test_a_replica_that_has_restarted_shows_in_its_first_answer() -> None:
-    world = World(Expected(), fleet("one", "two", capacity_tokens=1_000_000))
+    world = World(Expected(), fleet("one", capacity_tokens=1_000_000))
     prompts = [chain(f"talk {number}", 40) for number in range(6)]
     for number, asked in enumerate(prompts):
         world.answer(asked, 10.0 * number, on="one", cached=0)

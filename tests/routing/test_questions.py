@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anaphora.routing.questions import BYTES_PER_TOKEN, EXPECTED_TOKENS, MEDIA_TOKENS, PIECE_BYTES, of_request
+from anaphora.routing.questions import BYTES_PER_TOKEN, EXPECTED_TOKENS, MEDIA_TOKENS, PIECE_BYTES, SHORTEST_BYTES, of_request
 from anaphora.types import MediaPart, Message, Native, Request, Tenant, TextPart, Tool
 
 MESSAGES = st.lists(
@@ -40,6 +40,24 @@ def test_a_chain_ends_where_prompts_part() -> None:
     assert 1 <= common < len(one.blocks)
     assert one.blocks[common:] != other.blocks[common:]
     assert one.ends[0] == PIECE_BYTES // BYTES_PER_TOKEN
+
+
+@given(MESSAGES, st.integers(SHORTEST_BYTES, 5000))
+def test_the_next_turn_begins_with_all_of_the_turn_before_it(before: tuple[Message, ...], num_bytes: int) -> None:
+    turn = (*before, Message("user", (TextPart("x" * num_bytes),)))
+    asked = of_request(Request("m", messages=turn))
+    assert asked.num_tokens - asked.ends[-1] <= SHORTEST_BYTES / BYTES_PER_TOKEN
+    later = of_request(Request("m", messages=(*turn, Message("assistant", (TextPart("Yes."),)))))
+    assert later.blocks[: len(asked.blocks)] == asked.blocks
+
+
+@given(st.lists(st.integers(0, 2000), min_size=1, max_size=50))
+def test_no_piece_is_shorter_than_it_is_worth_or_longer_than_it_may_be(lengths: list[int]) -> None:
+    messages = tuple(Message("user", (TextPart("x" * length),)) for length in lengths)
+    ends = of_request(Request("m", messages=messages)).ends
+    sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+    # tokens are rounded where a piece ends
+    assert all(SHORTEST_BYTES / BYTES_PER_TOKEN - 1 < size < PIECE_BYTES / BYTES_PER_TOKEN + 1 for size in sizes)
 
 
 def test_what_keeps_caches_apart_parts_the_chains_and_a_tenant_of_one_server_does_not() -> None:

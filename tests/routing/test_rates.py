@@ -27,6 +27,22 @@ def test_no_rate_is_ever_negative(observations: list[tuple[float, float, float]]
         assert min(rates.rates) >= 0
 
 
+@given(st.floats(1e-3, 1e3), st.floats(0, 10), st.floats(0.1, 10))
+def test_one_observation_says_how_fast_everything_is(times: float, one: float, other: float) -> None:
+    rates = Rates((0.01, 0.05, 0.002), (1.0, 2.0, 2.0))
+    rates.add((one, other, 0.0), times * (0.01 * one + 0.05 * other))
+    for features in ((1.0, 0.0, 0.0), (0.0, 3.0, 0.0), (0.0, 0.0, 5.0)):  # of the last one nothing was said
+        prior = 0.01 * features[0] + 0.05 * features[1] + 0.002 * features[2]
+        assert rates(features) == pytest.approx(times * prior, rel=1e-3)
+
+
+def test_a_rate_that_has_nothing_to_do_with_speed_stays_where_it_is() -> None:
+    rates = Rates((0.01, 0.5), (1.0, 0.005), fixed=(1,))
+    rates.add((1.0, 0.0), 1.0)
+    assert rates((0.0, 1.0)) == pytest.approx(0.5)
+    assert rates((1.0, 0.0)) == pytest.approx(1.0)
+
+
 def test_what_was_added_fades() -> None:
     sum_ = Decaying(10.0)
     sum_.add(8.0, 0.0)

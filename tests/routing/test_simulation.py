@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from anaphora.routing.base import Question, Replica
 from anaphora.routing.comparison import compare
 from anaphora.routing.expected import Expected
+from anaphora.routing.least_busy import LeastBusy
 from anaphora.routing.oracle import Oracle
+from anaphora.routing.prefix import Prefix
 from anaphora.routing.round_robin import RoundRobin
 from anaphora.routing.simulation import Arrival, Outcome, Speed, replay
-from anaphora.routing.traces import generated, scaled
+from anaphora.routing.traces import generated, scaled, sessions
 from anaphora.testing.routing import chain
 
 SPEED = Speed(step_s=0.01, token_s=1e-4, position_s=0.0, context_s=0.0, chunk_tokens=1000, capacity_tokens=100_000)
@@ -85,6 +87,49 @@ def test_every_request_ends_after_its_first_token_and_nothing_is_found_that_was_
         assert outcome.cached_tokens <= min(present, arrival.question.num_tokens - 1)
         assert 0 < outcome.first_s <= outcome.whole_s
         seen.update(arrival.question.blocks)
+
+
+def test_a_turn_waits_for_the_answer_before_it() -> None:
+    one, two, three = run(
+        [Arrival(0.0, asked("a", 1000), 101), Arrival(0.5, asked("b", 1000), 1, after=0), Arrival(0.3, asked("c", 1000), 1)]
+    )
+    assert three.first_s == pytest.approx(0.11, rel=0.1)  # only the first answer is written beside it
+    assert one.whole_s == pytest.approx(0.1 + 100 * 0.01 + 0.1, rel=0.05)
+    assert two.first_s == pytest.approx(0.1, rel=0.01)  # nobody else is left
+
+
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_every_turn_of_a_session_comes_after_the_one_before_and_begins_with_it(
+    num_sessions: int, num_turns: int, seed: int
+) -> None:
+    arrivals = sessions(num_sessions, num_turns, seed)
+    assert len(arrivals) == num_sessions * num_turns
+    for number, arrival in enumerate(arrivals):
+        assert (arrival.after is None) == (number % num_turns == 0)
+        if arrival.after is not None:
+            before = arrivals[arrival.after].question
+            assert arrival.after == number - 1
+            assert arrival.question.blocks[: len(before.blocks)] == before.blocks
+            assert arrival.question.num_tokens > before.num_tokens
+    assert len(run(arrivals, num_replicas=2)) == len(arrivals)
+
+
+@pytest.mark.parametrize("slowness", [0.1, 1.0, 10.0, 100.0, 1000.0])
+def test_in_a_fleet_of_any_speed_that_has_just_started_conversations_stay_where_they_are(slowness: float) -> None:
+    speed = Speed(step_s=5e-3 * slowness, token_s=5e-5 * slowness, chunk_tokens=512, capacity_tokens=40_000)
+    replicas = [Replica(f"r{number}", capacity_tokens=speed.capacity_tokens) for number in range(3)]
+    speeds = {replica.name: speed for replica in replicas}
+    first_s: dict[str, float] = {}
+    hit_rates: dict[str, float] = {}
+    for name, strategy in {"expected": Expected, "least-busy": LeastBusy, "prefix": Prefix}.items():
+        outcomes = [one for seed in range(12) for one in replay(sessions(seed=seed), speeds, strategy(), replicas).outcomes]
+        first_s[name] = sum(one.first_s for one in outcomes)
+        hit_rates[name] = sum(one.cached_tokens for one in outcomes) / sum(one.num_tokens for one in outcomes)
+    assert hit_rates["expected"] > hit_rates["prefix"] - 0.02  # where everybody stays
+    assert hit_rates["expected"] > hit_rates["least-busy"]
+    assert first_s["expected"] < 1.05 * first_s["prefix"]
+    assert first_s["expected"] < first_s["least-busy"]
 
 
 def test_the_default_strategy_beats_taking_turns_and_finds_nearly_as_much_as_the_oracle() -> None:

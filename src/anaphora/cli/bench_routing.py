@@ -17,7 +17,7 @@ from anaphora.cli.parsing import Commands, add_command, add_json_flag
 from anaphora.errors import ConfigError
 from anaphora.registry import ROUTING
 
-TRACES = ("mooncake", "claude-code", "generated")
+TRACES = ("mooncake", "claude-code", "generated", "sessions")
 LOADS = "0.3,0.5,0.7,0.9,1.1"
 SPEEDS = (
     ("step_s", "--step-s", "seconds of a step that reads all weights"),
@@ -33,6 +33,8 @@ EXAMPLES = """\
   anaphora bench routing --trace generated           a small generated load, which needs no data
   anaphora bench routing --trace mooncake --replicas 4 --loads 0.8 --strategies expected,prefix
   anaphora bench routing --trace generated --seeds 1,2,3,4,5,6 --strategies expected,prefix
+  anaphora bench routing --trace sessions --replicas 3 --token-s 5e-3 --step-s 0.1 --seeds 1,2,3,4,5,6
+                                                     a fleet that has just started, two conversations a replica
   anaphora bench routing --token-s 100e-6 --capacity 300000 --json > slower.json
 """
 
@@ -54,7 +56,11 @@ def register(benchmarks: Commands) -> None:
     )
     parser.add_argument("--replicas", type=_positive, default=8, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument(
-        "--loads", default=LOADS, metavar="SHARES", help="of the rate at which round-robin saturates (default: %(default)s)"
+        "--loads",
+        default=LOADS,
+        metavar="SHARES",
+        help="of the rate at which round-robin saturates; the turns of sessions come when the one before is answered, and have "
+        "none (default: %(default)s)",
     )
     parser.add_argument(
         "--strategies",
@@ -67,7 +73,8 @@ def register(benchmarks: Commands) -> None:
         "--seeds",
         type=_seeds,
         metavar="NUMBERS",
-        help="instead of what was recorded, one draw for each: claude-code's sessions in another order, another generated load",
+        help="instead of what was recorded, one draw for each: claude-code's sessions in another order, another "
+        "generated load, or other sessions",
     )
     parser.add_argument("--requests", type=_positive, metavar="N", help="only the first N of each trace")
     for _, flag, text in SPEEDS:
@@ -89,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         for trace in _traces(args.trace):
             draws = []
             for seed in args.seeds or (None,):
-                arrivals = _arrivals(trace, seed)[: args.requests]
+                arrivals = _arrivals(trace, seed, args.replicas)[: args.requests]
                 draws.append(
                     comparison.compare(
                         trace,
@@ -121,11 +128,13 @@ def _traces(named: Sequence[str] | None) -> Sequence[str]:
     return ("generated",)
 
 
-def _arrivals(trace: str, seed: int | None) -> list[Any]:
+def _arrivals(trace: str, seed: int | None, num_replicas: int) -> list[Any]:
     from anaphora.routing import traces
 
     if trace == "generated":
         return list(traces.generated(seed=1 if seed is None else seed))
+    if trace == "sessions":
+        return list(traces.sessions(2 * num_replicas, seed=1 if seed is None else seed))
     if trace == "mooncake" and seed is not None:
         raise ConfigError("--seeds: mooncake has no sessions that could come in another order; name another --trace")
     data = os.environ.get("ANAPHORA_DATA")
@@ -183,15 +192,14 @@ def _tables(compared: Sequence[dict[str, Any]], spreads: Sequence[dict[str, Any]
 
     console = Console()
     for one in compared:
-        title = (
-            f"{one['trace']}: {one['num_requests']} requests, {one['num_replicas']} replicas, "
-            f"saturation {one['saturation_per_s']:.2f}/s"
-        ) + ("" if one["seed"] is None else f", seed {one['seed']}")
+        title = f"{one['trace']}: {one['num_requests']} requests, {one['num_replicas']} replicas"
+        title += "" if one["saturation_per_s"] is None else f", saturation {one['saturation_per_s']:.2f}/s"
+        title += "" if one["seed"] is None else f", seed {one['seed']}"
         share = f"{one['rows'][0]['strategy']}'s share"
         table = Table("load", "strategy", "hit rate", "first p50", "p90", share, "p99", "whole", "imbalance", title=title)
         for row in one["rows"]:
             table.add_row(
-                f"{row['load']:.0%}",
+                _load(row["load"]),
                 row["strategy"],
                 f"{row['hit_rate']:.1%}",
                 *(f"{row[name]:.2f} s" for name in ("first_p50_s", "first_p90_s")),
@@ -206,14 +214,29 @@ def _tables(compared: Sequence[dict[str, Any]], spreads: Sequence[dict[str, Any]
             "load",
             "strategy",
             "draws",
+            "hit rate",
+            "first p50",
+            "p90",
             "above",
             f"{compared[0]['rows'][0]['strategy']}'s share",
             title="Over all draws",
         )
         for one in spreads:
-            counts = (str(one["num_draws"]), str(one["num_above"]))
-            table.add_row(one["trace"], f"{one['load']:.0%}", one["strategy"], *counts, _share(one["mean"]))
+            table.add_row(
+                one["trace"],
+                _load(one["load"]),
+                one["strategy"],
+                str(one["num_draws"]),
+                f"{one['hit_rate']:.1%}",
+                *(f"{one[name]:.2f} s" for name in ("first_p50_s", "first_p90_s")),
+                "" if one["mean"] is None else str(one["num_above"]),
+                _share(one["mean"]),
+            )
         console.print(table)
+
+
+def _load(load: float | None) -> str:
+    return "" if load is None else f"{load:.0%}"
 
 
 def _share(share: dict[str, float] | None) -> str:

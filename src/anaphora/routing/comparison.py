@@ -37,9 +37,9 @@ class Share(msgspec.Struct, frozen=True):
 
 class Figures(msgspec.Struct, frozen=True):
     strategy: str
-    load: float
-    """Share of the saturation rate."""
-    requests_per_s: float
+    load: float | None
+    """Share of the saturation rate. None: requests come when those before them are answered."""
+    requests_per_s: float | None
     hit_rate: float
     """Prompt tokens that were found in a replica's cache."""
     first_p50_s: float
@@ -56,8 +56,8 @@ class Comparison(msgspec.Struct, frozen=True):
     trace: str
     num_requests: int
     num_replicas: int
-    saturation_per_s: float
-    """The rate at which prefills alone fill the replicas' time if they are sent round robin."""
+    saturation_per_s: float | None
+    """The rate at which prefills alone fill the replicas' time if they are sent round robin. None: no rate is given."""
     speed: Speed
     rows: list[Figures]
     seed: int | None = None
@@ -68,12 +68,17 @@ class Spread(msgspec.Struct, frozen=True):
     """What several draws of one trace say together."""
 
     trace: str
-    load: float
+    load: float | None
     strategy: str
     num_draws: int
+    hit_rate: float
+    first_p50_s: float
+    first_p90_s: float
+    """The mean of each over the draws."""
     num_above: int
-    """Of them with a share above 1."""
-    mean: Share
+    """Of the draws, with a share above 1."""
+    mean: Share | None
+    """None: it is the first strategy itself."""
 
 
 def compare(
@@ -89,19 +94,23 @@ def compare(
 ) -> Comparison:
     replicas = [Replica(f"replica-{number}", capacity_tokens=speed.capacity_tokens) for number in range(num_replicas)]
     speeds = {replica.name: speed for replica in replicas}
-    progress(f"{trace}: {len(arrivals)} requests, finding the saturation rate")
-    recorded_per_s = len(arrivals) / max(arrivals[-1].at_s - arrivals[0].at_s, 1e-9)
-    saturation_per_s = num_replicas * len(arrivals) / replay(arrivals, speeds, RoundRobin(), replicas).prefill_s
+    saturation_per_s = None
+    paces: list[tuple[float | None, float | None, Sequence[Arrival]]] = [(None, None, arrivals)]
+    if all(arrival.after is None for arrival in arrivals):
+        progress(f"{trace}: {len(arrivals)} requests, finding the saturation rate")
+        recorded_per_s = len(arrivals) / max(arrivals[-1].at_s - arrivals[0].at_s, 1e-9)
+        saturation_per_s = num_replicas * len(arrivals) / replay(arrivals, speeds, RoundRobin(), replicas).prefill_s
+        rates = [(load, load * saturation_per_s) for load in loads]
+        paces = [(load, per_s, scaled(arrivals, per_s / recorded_per_s)) for load, per_s in rates]
     rows = []
-    for load in loads:
-        paced = scaled(arrivals, load * saturation_per_s / recorded_per_s)
+    for load, per_s, paced in paces:
         first: Sequence[Outcome] | None = None
         for name, strategy in strategies.items():
-            progress(f"{trace}: load {load:.0%}, {name}")
+            progress(f"{trace}: {name}" if load is None else f"{trace}: load {load:.0%}, {name}")
             outcomes = replay(paced, speeds, strategy(), replicas).outcomes
             share = None if first is None else resampled(first, outcomes)
             first = first or outcomes
-            rows.append(figures(name, load, load * saturation_per_s, outcomes, num_replicas, share))
+            rows.append(figures(name, load, per_s, outcomes, num_replicas, share))
     return Comparison(trace, len(arrivals), num_replicas, saturation_per_s, speed, rows, seed)
 
 
@@ -128,17 +137,31 @@ def spreads(draws: Sequence[Comparison]) -> list[Spread]:
     """Over draws of one trace: the geometric mean of the shares, and where it lies with 95 %. Empty for fewer than three."""
     if len(draws) < 3:
         return []
-    shares: dict[tuple[float, str], list[float]] = {}
+    found: dict[tuple[float | None, str], list[Figures]] = {}
     for row in (row for draw in draws for row in draw.rows):
-        if row.first_share is not None:
-            shares.setdefault((row.load, row.strategy), []).append(row.first_share.share)
-    return [
-        Spread(draws[0].trace, load, strategy, len(found), sum(share > 1 for share in found), _mean(found))
-        for (load, strategy), found in shares.items()
-    ]
+        found.setdefault((row.load, row.strategy), []).append(row)
+    told = []
+    for (load, strategy), rows in found.items():
+        shares = [row.first_share.share for row in rows if row.first_share is not None]
+        told.append(
+            Spread(
+                draws[0].trace,
+                load,
+                strategy,
+                len(rows),
+                round(fmean(row.hit_rate for row in rows), 4),
+                round(fmean(row.first_p50_s for row in rows), 4),
+                round(fmean(row.first_p90_s for row in rows), 4),
+                sum(share > 1 for share in shares),
+                _mean(shares),
+            )
+        )
+    return told
 
 
-def _mean(shares: Sequence[float]) -> Share:
+def _mean(shares: Sequence[float]) -> Share | None:
+    if not shares:
+        return None
     logarithms = [math.log(share) for share in shares]
     mean = fmean(logarithms)
     # Draws are few: the normal quantile, widened as Student's is to its first order.
@@ -158,8 +181,8 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 def figures(
     strategy: str,
-    load: float,
-    requests_per_s: float,
+    load: float | None,
+    requests_per_s: float | None,
     outcomes: Sequence[Outcome],
     num_replicas: int,
     first_share: Share | None = None,
@@ -170,7 +193,7 @@ def figures(
     return Figures(
         strategy,
         load,
-        round(requests_per_s, 4),
+        None if requests_per_s is None else round(requests_per_s, 4),
         round(sum(outcome.cached_tokens for outcome in outcomes) / sum(outcome.num_tokens for outcome in outcomes), 4),
         p50,
         p90,

@@ -25,7 +25,7 @@ With prices, `cost_weight` w makes the score (1 - w) * seconds + w * money * sec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -35,7 +35,7 @@ from anaphora.routing.holdings import Holdings, Trail
 from anaphora.routing.inflight import InFlight, Sent
 from anaphora.routing.rates import Decaying, gathered_s
 from anaphora.routing.room import Room, whole_tokens
-from anaphora.routing.timing import Prefill, Timing, prefill
+from anaphora.routing.timing import Pools, Prefill, prefill
 
 _BEGAN_BEFORE_S = 5.0
 """Traffic counts as if it had been watched for so long when the first request comes: one request is no rate."""
@@ -73,6 +73,8 @@ class _Note(NamedTuple):
     """Of all prefills of the replica until this one's first token."""
     crowded: bool
     """It had to wait for memory: how long its first token took says nothing of prefill."""
+    known: bool
+    """How fast the pool is was known when it was sent. If not, its times are guesses."""
 
 
 class _Fleet(NamedTuple):
@@ -84,6 +86,8 @@ class _Fleet(NamedTuple):
     """Share of what sums over recent traffic come to that they have come to yet: less than all of it at the beginning."""
     late_s: float
     """How much later than expected a first token came on average: what is late everywhere tells nothing of one of them."""
+    stretch: Mapping[str, float]
+    """Of pools that have given no first token yet: how many times longer than was guessed it takes."""
 
 
 class _State:
@@ -113,8 +117,7 @@ class Expected:
         self._options = options or ExpectedOptions()
         self.in_flight: InFlight[_Note] = InFlight()
         self._states: dict[str, _State] = {}
-        self._timings: dict[str, Timing] = {}
-        self._pools: dict[str, str] = {}
+        self._pools = Pools()
         self._turn = 0
         self._mean_prefill_s = 0.0
         self._began_s: float | None = None
@@ -151,13 +154,27 @@ class Expected:
         overlap_s, began_s = self._options.overlap_s, now_s if self._began_s is None else self._began_s
         watched = gathered_s(overlap_s, now_s - began_s + _BEGAN_BEFORE_S) / overlap_s
         busy = min(0.9, recent_s / (watched * overlap_s * max(1, len(states))))
-        return _Fleet(busy, watched, late_s / weight if weight > 0 else 0.0)
+        return _Fleet(busy, watched, late_s / weight if weight > 0 else 0.0, self._stretch(replicas, now_s))
+
+    def _stretch(self, replicas: Sequence[Replica], now_s: float) -> dict[str, float]:
+        """Whoever waits longest for a pool's very first token says how slow it is at least; expected is that it takes as long
+        again, there and at all of its kind."""
+        stretch: dict[str, float] = {}
+        for replica in replicas:
+            if not replica.open or self._pools.known(replica.name):
+                continue
+            head = next((one for one in self.in_flight.of(replica.name) if one.first_s is None), None)
+            if head is not None:
+                guess_s = self._pools.of(replica.name).prefill_s(replica.name, head.note.features)
+                times = 2 * (now_s - head.began_s) / max(guess_s, _SAME_MOMENT_S)
+                stretch[replica.pool] = max(stretch.get(replica.pool, 1.0), times)
+        return stretch
 
     def _estimate(
         self, question: Question, replica: Replica, state: _State, fleet: _Fleet, now_s: float
     ) -> tuple[float, int, dict[str, float], float]:
         """(seconds until it is complete, cached tokens, parts of the score, money)"""
-        options, timing = self._options, self._timing(replica.name)
+        options, timing = self._options, self._pools.of(replica.name)
         match = state.holdings.match(question)
         cached = min(match.num_tokens, question.num_tokens - 1)
         sent = self.in_flight.of(replica.name)
@@ -165,8 +182,10 @@ class Expected:
         foreign = state.foreign_running(now_s)
 
         features = prefill(question.num_tokens, cached, sum(match.slower.values()), decoding)
-        prefill_s = timing.prefill_s(replica.name, features)
-        queue_s = self._queue_s(question, replica, state, sent, now_s) + state.foreign_waiting(now_s) * self._mean_prefill_s
+        stretch = fleet.stretch.get(replica.pool, 1.0)
+        prefill_s = stretch * timing.prefill_s(replica.name, features)
+        queue_s = self._queue_s(question, replica, state, sent, stretch, now_s)
+        queue_s += state.foreign_waiting(now_s) * self._mean_prefill_s
         # Whoever runs there now is, on average, half way through: half of them are company for the whole answer.
         beside = len(sent) + foreign
         context = state.room.whole_tokens / 2 + question.num_tokens
@@ -195,7 +214,10 @@ class Expected:
         money = price.input * (question.num_tokens - cached) + price.cached * cached + price.output * question.output_tokens
         return queue_s + prefill_s + answer_s + late_s, cached, parts, money
 
-    def _queue_s(self, question: Question, replica: Replica, state: _State, sent: Sequence[Sent[_Note]], now_s: float) -> float:
+    def _queue_s(
+        self, question: Question, replica: Replica, state: _State, sent: Sequence[Sent[_Note]], stretch: float, now_s: float
+    ) -> float:
+        timing = self._pools.of(replica.name)
         drain_s = 0.0
         head = True
         for one in sent:
@@ -203,7 +225,8 @@ class Expected:
                 continue
             if replica.obeys_priorities and one.question.priority < question.priority and not head:
                 continue
-            left_s = one.note.prefill_s
+            note = one.note
+            left_s = note.prefill_s if note.known else stretch * timing.prefill_s(replica.name, note.features)
             if head:
                 # What was computed of it already counts; once it is late, it is expected to be late for as long again.
                 left_s = abs(left_s - (now_s - max(one.began_s, state.last_first_s)))
@@ -233,7 +256,7 @@ class Expected:
     def began(self, request: RequestId, question: Question, choice: Choice, now_s: float) -> None:
         self._began_s = now_s if self._began_s is None else self._began_s
         name = choice.replica
-        state, timing = self._states[name], self._timing(name)
+        state, timing = self._states[name], self._pools.of(name)
         decoding = sum(1 for one in self.in_flight.of(name) if one.first_s is not None)
         match = state.holdings.match(question)
         features = prefill(question.num_tokens, match.num_tokens, sum(match.slower.values()), decoding)
@@ -244,7 +267,8 @@ class Expected:
         trail = state.holdings.sent(question)
         expected_s = choice.expected_s or 0.0
         wait_s = choice.reasons.get("queue", 0.0)
-        note = _Note(trail, features, prefill_s, wait_s, now_s + expected_s, state.prefilled_s, crowded)
+        known = self._pools.known(name)
+        note = _Note(trail, features, prefill_s, wait_s, now_s + expected_s, state.prefilled_s, crowded, known)
         self.in_flight.began(request, Sent(question, choice, now_s, note))
         state.recent_s.add(prefill_s, now_s)
         state.recent_requests.add(1.0, now_s)
@@ -262,27 +286,28 @@ class Expected:
         if state is None:
             return
         state.holdings.settled(note.trail)
-        if state.departing and now_s - state.last_first_s > _SAME_MOMENT_S:
-            self._learn_prefill(name, state)
+        self._learn_prefill(name, state, now_s)
         if not state.departing:
             state.departing_from_s = max(sent.began_s, state.last_first_s)
         state.departing.append(note)
         state.last_first_s = now_s
-        late_s = now_s - sent.began_s - note.wait_s - note.prefill_s
-        state.late_s.add(late_s, now_s)
-        state.late_weight.add(1.0, now_s)
+        if note.known:
+            state.late_s.add(now_s - sent.began_s - note.wait_s - note.prefill_s, now_s)
+            state.late_weight.add(1.0, now_s)
         state.prefilled_s += note.prefill_s
         left_s = note.due_s - sent.began_s - note.wait_s - note.prefill_s
         sent.note = note._replace(due_s=now_s + max(0.0, left_s), prefilled_s=state.prefilled_s)
 
-    def _learn_prefill(self, name: str, state: _State) -> None:
+    def _learn_prefill(self, name: str, state: _State, now_s: float) -> None:
         """Prompts are prefilled one after the other: each took from the one before it, or from when it came."""
+        if not state.departing or now_s - state.last_first_s <= _SAME_MOMENT_S:
+            return
         took_s = state.last_first_s - state.departing_from_s
         if took_s > 0 and not any(note.crowded for note in state.departing):
             whole = state.departing[0].features
             for note in state.departing[1:]:
                 whole += note.features
-            self._timing(name).prefilled(name, whole, took_s)
+            self._pools.prefilled(name, whole, took_s)
         state.departing = []
 
     def ended(self, request: RequestId, now_s: float, *, output_tokens: int, cached_tokens: int | None = None) -> None:
@@ -291,6 +316,7 @@ class Expected:
         state = self._states.get(name)
         if state is None:
             return
+        self._learn_prefill(name, state, now_s)
         state.num_answers += 1
         state.room.give(sent.question)
         slack = self._options.count_slack_tokens
@@ -300,7 +326,7 @@ class Expected:
             share = (state.prefilled_s - note.prefilled_s) / (now_s - sent.first_s) * token_s
             beside = len(self.in_flight.of(name)) + 1
             context = state.room.whole_tokens + whole_tokens(sent.question)
-            self._timing(name).decoded(name, beside, context, share, token_s)
+            self._pools.decoded(name, beside, context, share, token_s)
 
     def failed(self, request: RequestId, now_s: float, *, fault: bool = True) -> None:
         sent = self.in_flight.over(request)
@@ -331,8 +357,7 @@ class Expected:
 
     def removed(self, replica: str) -> None:
         self._states.pop(replica, None)
-        self._timing(replica).removed(replica)
-        self._pools.pop(replica, None)
+        self._pools.removed(replica)
 
     def _state(self, replica: Replica) -> _State:
         state = self._states.get(replica.name)
@@ -346,12 +371,5 @@ class Expected:
             state.holdings.clear()
         state.started_s = replica.started_s
         state.holdings.capacity_tokens = replica.capacity_tokens
-        self._pools[replica.name] = replica.pool
+        self._pools.joins(replica.name, replica.pool)
         return state
-
-    def _timing(self, replica: str) -> Timing:
-        pool = self._pools.get(replica, "")
-        timing = self._timings.get(pool)
-        if timing is None:
-            timing = self._timings[pool] = Timing()
-        return timing

@@ -1,7 +1,8 @@
 """A request as the router sees it: a chain over what its prompt begins with. Pure.
 
-The prompt is cut into pieces of so many bytes, across the borders of messages; each name stands for everything before it too.
-What a token is only the replica knows: four bytes are taken for one.
+The prompt is cut into pieces of so many bytes, and where a message ends; short messages share a piece. So a conversation's next
+turn begins with the very pieces of the turn before it. Each name stands for everything before it too. What a token is only the
+replica knows: four bytes are taken for one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from anaphora.routing.base import Question
 from anaphora.types import BlockHash, MediaPart, Request
 
 PIECE_BYTES = 1024
+SHORTEST_BYTES = 256
+"""A piece that ends with its message has at least so many."""
 BYTES_PER_TOKEN = 4
 MEDIA_TOKENS = 1_600
 """A picture, sound or document, whatever its size."""
@@ -29,32 +32,34 @@ def of_request(request: Request) -> Question:
     """Prompts of different models, or asked with different keys of the clients' own, have nothing in common."""
     credential = None if request.native is None else request.native.credential
     chain = _Chain(_encode((request.model, credential, request.cache_salt)))
-    for tokens, piece in _pieces(request):
-        chain.add(piece, tokens)
+    for message in _messages(request):
+        for tokens, piece in message:
+            chain.add(piece, tokens)
+        chain.message_ends()
     limit = EXPECTED_TOKENS if request.max_tokens is None else min(request.max_tokens, EXPECTED_TOKENS)
     ends = tuple(chain.ends)
     return Question(tuple(chain.names), ends, max(1, chain.num_tokens), max(1, limit), tenant=request.tenant)
 
 
-def _pieces(request: Request) -> Iterator[tuple[int | None, bytes]]:
-    """Each with its tokens, where these do not follow from its length."""
+def _messages(request: Request) -> Iterator[list[tuple[int | None, bytes]]]:
+    """What each is made of, with its tokens where these do not follow from its length."""
     for tool in request.tools:
-        yield None, _encode(tool)
+        yield [(None, _encode(tool))]
     for message in request.messages:
-        yield None, message.role.encode()
-        for part in message.content:
-            yield (MEDIA_TOKENS if isinstance(part, MediaPart) else None), _encode(part)
+        parts = [((MEDIA_TOKENS if isinstance(part, MediaPart) else None), _encode(part)) for part in message.content]
+        yield [(None, message.role.encode()), *parts]
     for prompt in request.prompts:
-        yield None, prompt.encode() if isinstance(prompt, str) else _encode(prompt)
+        yield [(None, prompt.encode() if isinstance(prompt, str) else _encode(prompt))]
     if not request.messages and not request.prompts:  # a body that was not understood
-        yield from _unread(request.extra)
+        for item in _unread(request.extra):
+            yield [(None, item)]
 
 
-def _unread(body: dict[str, Any]) -> Iterator[tuple[int | None, bytes]]:
+def _unread(body: dict[str, Any]) -> Iterator[bytes]:
     for key in ("tools", "system", "instructions", "messages", "input", "prompt"):
         value = body.get(key)
         for item in value if isinstance(value, list) else (value,) if value is not None else ():
-            yield None, _encode(item)
+            yield _encode(item)
 
 
 class _Chain:
@@ -84,6 +89,10 @@ class _Chain:
             self._room -= len(some)
             if not self._room:
                 self._cut()
+
+    def message_ends(self) -> None:
+        if PIECE_BYTES - self._room >= SHORTEST_BYTES:
+            self._cut()
 
     def _cut(self) -> None:
         self.names.append(BlockHash(self._hash.digest()))

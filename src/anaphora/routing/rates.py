@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+_LEAST_SCALE = 1e-6
+"""Nothing is a million times faster than was thought."""
 
 
 class Rates:
     """y ≈ Σ rate · feature by weighted least squares; no rate is ever negative, and older observations count less.
 
-    Errors count relative to what was expected, so that short and long times teach alike. `prior` is worth `trust` observations
-    at `typical` features: it is what is answered before anything is known, and keeps a rate in place that nothing speaks of.
+    Errors count relative to what was expected, so that short and long times teach alike. `prior` is what is answered before
+    anything is known. Of it only the proportions are believed in, worth `trust` observations at `typical` features: the first
+    observation says how fast everything is, and a rate that nothing speaks of stays in proportion to the others. Those that
+    are numbered in `fixed` do not depend on how fast anything is, and stay in place.
     """
 
-    def __init__(self, prior: Sequence[float], typical: Sequence[float], *, keep: float = 0.995, trust: float = 0.1) -> None:
+    def __init__(
+        self,
+        prior: Sequence[float],
+        typical: Sequence[float],
+        *,
+        fixed: Collection[int] = (),
+        keep: float = 0.995,
+        trust: float = 0.1,
+    ) -> None:
         """`keep`: what is left of an observation's weight when the next one comes."""
         size = len(prior)
         self._keep = keep
         self._prior = tuple(prior)
-        parts = [rate * feature for rate, feature in zip(prior, typical, strict=True)]
-        whole = sum(parts)
+        self._fixed = tuple(number for number in range(size) if number in fixed)
+        self._scaled = tuple(number for number in range(size) if number not in fixed)
+        whole = sum(rate * feature for rate, feature in zip(prior, typical, strict=True))
         # Each rate's prior is an observation of its own: a feature alone.
         self._anchor = [trust * (feature / whole) ** 2 for feature in typical]
         self._xx = [[0.0] * size for _ in range(size)]
         self._xy = [0.0] * size
         self.rates = list(prior)
+        self._scale_before = 1.0
         self.num_observations = 0
 
     def __call__(self, features: Sequence[float]) -> float:
@@ -32,8 +47,9 @@ class Rates:
 
     def add(self, features: Sequence[float], y: float) -> None:
         """`features` together took `y`. All are finite and not negative."""
-        expected = self(features)
-        weight = 1.0 / max(expected, y / 10, 1e-9) ** 2  # a surprise of more than ten times counts as one of ten times
+        # A surprise of more than ten times counts as one of ten times, and the first is none: nothing was expected yet.
+        expected = max(self(features), y / 10) if self.num_observations else y
+        weight = 1.0 / max(expected, 1e-9) ** 2
         size, keep = len(self.rates), self._keep
         for i in range(size):
             row, weighted = self._xx[i], weight * features[i]
@@ -44,13 +60,26 @@ class Rates:
         self._solve()
 
     def _solve(self) -> None:
-        """Each rate in turn at its best, the others given: converges, and begins where the last solution was."""
-        rates = self.rates
+        """Each rate in turn at its best, the others given: converges, and begins where the last solution was, as much faster or
+        slower as all has become since."""
+        rates, before = self.rates, self._scale_before
+        scale = self._scale_before = self._scale()
+        for i in self._scaled:
+            rates[i] *= scale / before
         for _ in range(8):
             for i, row in enumerate(self._xx):
                 others = sum(map(float.__mul__, row, rates)) - row[i] * rates[i]
-                best = (self._xy[i] + self._anchor[i] * self._prior[i] - others) / (row[i] + self._anchor[i])
+                times = 1.0 if i in self._fixed else scale
+                anchor = self._anchor[i] / scale**2
+                best = (self._xy[i] + anchor * times * self._prior[i] - others) / (row[i] + anchor)
                 rates[i] = max(0.0, best)
+
+    def _scale(self) -> float:
+        """How many times longer than by the prior things take, if its proportions are right."""
+        prior, scaled = self._prior, self._scaled
+        took = sum(prior[i] * (self._xy[i] - sum(self._xx[i][j] * self.rates[j] for j in self._fixed)) for i in scaled)
+        thought = sum(prior[i] * prior[j] * self._xx[i][j] for i in scaled for j in scaled)
+        return max(took / thought, _LEAST_SCALE) if thought > 0 else 1.0
 
 
 class Decaying:

@@ -44,9 +44,12 @@ class Speed(msgspec.Struct, frozen=True):
 
 class Arrival(msgspec.Struct, frozen=True):
     at_s: float
+    """When it comes; where it is `after` another one, how long after that one's answer is complete."""
     question: Question
     """Without what is expected of the answer: nobody knows that beforehand."""
     output_tokens: int
+    after: int | None = None
+    """The number of the arrival whose answer it waits for. None: it waits for nobody."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -133,6 +136,7 @@ class BlockCache:
 class Job:
     __slots__ = (
         "arrival",
+        "at_s",
         "cached_tokens",
         "done_tokens",
         "first_s",
@@ -142,9 +146,10 @@ class Job:
         "taken_tokens",
     )
 
-    def __init__(self, request: int, arrival: Arrival) -> None:
+    def __init__(self, request: int, arrival: Arrival, at_s: float) -> None:
         self.request = request
         self.arrival = arrival
+        self.at_s = at_s
         self.cached_tokens = 0
         self.num_blocks = 0
         """Found or computed, and held."""
@@ -303,7 +308,7 @@ class Seeing(Protocol):
 def replay(
     arrivals: Sequence[Arrival], speeds: Mapping[str, Speed], strategy: Strategy, replicas: Sequence[Replica]
 ) -> Replayed:
-    """What becomes of `arrivals`, in their order, where `strategy` sends each to one of `replicas`.
+    """What becomes of `arrivals` where `strategy` sends each to one of `replicas` when it comes.
 
     The expected length of an answer is the mean of those that have ended.
     """
@@ -312,21 +317,26 @@ def replay(
         strategy.see(engines)
     outcomes: dict[int, Outcome] = {}
     num_ended, ended_tokens = 1, 256
-    next_arrival = 0
+    coming = [(arrival.at_s, number) for number, arrival in enumerate(arrivals) if arrival.after is None]
+    heapq.heapify(coming)
+    followers: dict[int, list[int]] = {}
+    for number, arrival in enumerate(arrivals):
+        if arrival.after is not None:
+            followers.setdefault(arrival.after, []).append(number)
     while True:
         name, until_s = min(
             ((name, engine.until_s) for name, engine in engines.items() if engine.until_s is not None),
             key=lambda item: item[1],
             default=("", math.inf),
         )
-        if next_arrival < len(arrivals) and arrivals[next_arrival].at_s <= until_s:
-            arrival = arrivals[next_arrival]
+        if coming and coming[0][0] <= until_s:
+            at_s, number = heapq.heappop(coming)
+            arrival = arrivals[number]
             question = msgspec.structs.replace(arrival.question, output_tokens=max(1, ended_tokens // num_ended))
-            choice = strategy.pick(question, replicas, arrival.at_s)
+            choice = strategy.pick(question, replicas, at_s)
             assert choice is not None
-            strategy.began(next_arrival, question, choice, arrival.at_s)
-            engines[choice.replica].ask(Job(next_arrival, arrival), arrival.at_s)
-            next_arrival += 1
+            strategy.began(number, question, choice, at_s)
+            engines[choice.replica].ask(Job(number, arrival, at_s), at_s)
         elif name:
             for job, complete in engines[name].advance():
                 if not complete:
@@ -339,9 +349,11 @@ def replay(
                     name,
                     arrival.question.num_tokens,
                     job.cached_tokens,
-                    job.first_s - arrival.at_s,
-                    until_s - arrival.at_s,
+                    job.first_s - job.at_s,
+                    until_s - job.at_s,
                 )
+                for number in followers.get(job.request, ()):
+                    heapq.heappush(coming, (until_s + arrivals[number].at_s, number))
         else:
             prefill_s = sum(engine.prefill_s for engine in engines.values())
             return Replayed([outcomes[number] for number in range(len(arrivals))], prefill_s)

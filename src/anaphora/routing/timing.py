@@ -15,10 +15,12 @@ from typing import NamedTuple
 from anaphora.routing.rates import Factor, Rates
 
 _PREFILL_PRIOR = (0.01, 0.05, 0.002, 0.001, 0.005)
-"""Of an accelerator of the present; a few answers of one that is ten or a hundred times slower outweigh it."""
+"""Of an accelerator of the present. The first answer says how many times slower, or faster, all of it is."""
 _PREFILL_TYPICAL = (1.0, 2.0, 2.0, 2.0, 2.0)
 _DECODE_PRIOR = (0.01, 0.0003, 0.003, 0.5)
 _DECODE_TYPICAL = (1.0, 4.0, 0.5, 0.005)
+_STALL = 3
+"""A share of a prefill's time: the same at every speed."""
 
 
 class Prefill(NamedTuple):
@@ -52,9 +54,14 @@ class Timing:
 
     def __init__(self) -> None:
         self._prefill = Rates(_PREFILL_PRIOR, _PREFILL_TYPICAL)
-        self._decode = Rates(_DECODE_PRIOR, _DECODE_TYPICAL)
+        self._decode = Rates(_DECODE_PRIOR, _DECODE_TYPICAL, fixed=(_STALL,))
         self._all = (Factor(keep=0.998), Factor(keep=0.998))
         self._own: dict[str, tuple[Factor, Factor]] = {}
+
+    @property
+    def known(self) -> bool:
+        """A prefill was seen."""
+        return self._prefill.num_observations > 0
 
     def prefill_s(self, replica: str, features: Prefill) -> float:
         return self._factor(replica, 0) * self._prefill(features)
@@ -66,7 +73,7 @@ class Timing:
     @property
     def stall(self) -> float:
         """How long answers stand still while a second of prefill is computed, in seconds."""
-        return min(1.0, self._decode.rates[3])
+        return min(1.0, self._decode.rates[_STALL])
 
     def prefilled(self, replica: str, features: Prefill, took_s: float) -> None:
         self._learn(replica, 0, self._prefill, features, took_s)
@@ -78,11 +85,48 @@ class Timing:
         self._own.pop(replica, None)
 
     def _learn(self, replica: str, kind: int, rates: Rates, features: Sequence[float], took_s: float) -> None:
-        expected = rates(features)
-        self._all[kind].add(expected, took_s)
-        self._own.setdefault(replica, (Factor(), Factor()))[kind].add(expected, took_s)
+        if rates.num_observations:  # the first tells how fast all of them are, and nothing of this one among them
+            expected = rates(features)
+            self._all[kind].add(expected, took_s)
+            self._own.setdefault(replica, (Factor(), Factor()))[kind].add(expected, took_s)
         rates.add(features, took_s)
 
     def _factor(self, replica: str, kind: int) -> float:
         own = self._own.get(replica)
         return 1.0 if own is None else own[kind].beside(self._all[kind])
+
+
+class Pools:
+    """How fast all replicas are. A pool that has answered nothing yet is taken to be like the one that was learned of last."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, str] = {}
+        self._timings: dict[str, Timing] = {}
+        self._latest = Timing()
+
+    def joins(self, replica: str, pool: str) -> None:
+        self._pools[replica] = pool
+        self._timings.setdefault(pool, Timing())
+
+    def removed(self, replica: str) -> None:
+        pool = self._pools.pop(replica, None)
+        if pool is not None:
+            self._timings[pool].removed(replica)
+
+    def known(self, replica: str) -> bool:
+        """A prefill of its pool was seen: times are no mere guesses."""
+        return self._own(replica).known
+
+    def of(self, replica: str) -> Timing:
+        own = self._own(replica)
+        return own if own.known else self._latest
+
+    def prefilled(self, replica: str, features: Prefill, took_s: float) -> None:
+        self._latest = self._own(replica)
+        self._latest.prefilled(replica, features, took_s)
+
+    def decoded(self, replica: str, num_decoding: float, context_tokens: float, prefill_share: float, token_s: float) -> None:
+        self._own(replica).decoded(replica, num_decoding, context_tokens, prefill_share, token_s)
+
+    def _own(self, replica: str) -> Timing:
+        return self._timings[self._pools[replica]]

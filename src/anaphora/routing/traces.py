@@ -1,4 +1,4 @@
-"""Recorded traffic as arrivals: Mooncake's chat service, sessions of Claude Code, and a small generated load.
+"""Traffic as arrivals: Mooncake's chat service and sessions of Claude Code as recorded, and two small generated loads.
 
 Traces have no texts, but ids of blocks; the ids of a coding session mean nothing in another one.
 """
@@ -22,6 +22,9 @@ SESSIONS_APART_S = 120.0
 """Sessions of Claude Code were recorded one by one; here one begins every two minutes."""
 MAX_TOKENS = 200_000
 """Longer prompts of the coding sessions are left out: five of a hundred, which need a larger machine than the others."""
+_PIECE = 256
+"""Tokens of a piece of the sessions' prompts, as the gateway cuts them."""
+_SHORT_ANSWER = 12
 _COARSE = 8
 """Of the coding sessions' blocks of 64 tokens, so many make one: a prompt has thousands."""
 
@@ -77,6 +80,28 @@ def generated(num_sessions: int = 60, seed: int = 1) -> list[Arrival]:
             num_tokens += output_tokens
             at_s += rng.expovariate(1 / 20.0)
     return sorted(arrivals, key=lambda arrival: arrival.at_s)
+
+
+def sessions(num_sessions: int = 6, num_turns: int = 4, seed: int = 1) -> list[Arrival]:
+    """Conversations that begin together and have nothing in common; each turn comes within a second of the answer before it,
+    and adds a tenth to what it began with."""
+    rng = Random(seed)
+    arrivals: list[Arrival] = []
+    for session in range(num_sessions):
+        chain: list[BlockHash] = []
+        ends: list[int] = []
+        num_tokens, first_tokens = 0, rng.randrange(500, 700)
+        for turn in range(num_turns):
+            added = first_tokens if turn == 0 else first_tokens // 10
+            for end in (*range(num_tokens + _PIECE, num_tokens + added, _PIECE), num_tokens + added):
+                chain.append(BlockHash(f"session {session}/{end}".encode()))
+                ends.append(end)
+            num_tokens += added
+            asked = Question(tuple(chain), tuple(ends), num_tokens)
+            at_s, after = (rng.uniform(0, 2), None) if turn == 0 else (rng.uniform(0, 1), len(arrivals) - 1)
+            arrivals.append(Arrival(at_s, asked, _SHORT_ANSWER, after))
+            num_tokens += _SHORT_ANSWER
+    return arrivals
 
 
 def scaled(arrivals: Sequence[Arrival], times: float) -> list[Arrival]:
