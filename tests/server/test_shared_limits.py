@@ -99,6 +99,21 @@ def test_a_tenant_that_is_forgotten_has_used_what_it_has_used_and_a_clean_end_le
     assert at(valkey_server).counts[-3:-1] == (5, tokens)
 
 
+def test_what_a_server_has_used_counts_once_also_when_it_is_started_again(serve: Serve, valkey: str, tmp_path: Path) -> None:
+    with serve(settings(valkey), folder=tmp_path) as (one, _):
+        assert [left(one), left(one)] == [11, 10]
+    with serve(settings(valkey), folder=tmp_path) as (one, _), serve(settings(valkey)) as (two, _):
+        assert [left(two), left(one)] == [9, 8]
+
+
+def test_what_a_server_has_used_before_it_shares_its_limits_counts(serve: Serve, valkey: str, tmp_path: Path) -> None:
+    alone = settings(valkey).replace("share_limits = true", "share_limits = false")
+    with serve(alone, folder=tmp_path) as (one, _):
+        assert [left(one), left(one)] == [11, 10]
+    with serve(settings(valkey), folder=tmp_path) as (one, _), serve(settings(valkey)) as (two, _):
+        assert [left(two), left(one), left(two)] == [11, 8, 7]
+
+
 def test_without_the_server_between_them_each_holds_the_limit_and_then_they_agree_again(serve: Serve, tmp_path: Path) -> None:
     if server_program() is None:
         pytest.skip("no Valkey server is installed")
