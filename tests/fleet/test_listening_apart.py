@@ -60,6 +60,7 @@ def salted(event: dict[str, Any]) -> dict[str, Any]:
 
 def test_of_the_same_words_the_model_an_adapter_and_a_salt_have_blocks_of_their_own(provider: Upstream) -> None:
     plain, told = request(), []
+    stats: dict[str, Any] = {}
     for_poet = msgspec.structs.replace(plain, model=POET)
     body = encode({"model": MODEL, "messages": [{"role": "user", "content": TEXT}], "max_tokens": 5, "cache_salt": "pepper"})
     parsed = OpenAIChat().parse(body, tenant=LOCAL_TENANT).request
@@ -104,6 +105,7 @@ def test_of_the_same_words_the_model_an_adapter_and_a_salt_have_blocks_of_their_
             publisher.publish(poem(gone))
             told.append(await heard())
             assert strategy.told.empty()
+            stats.update(await fleet.stats())
         finally:
             await fleet.aclose()
             publisher.close()
@@ -114,6 +116,9 @@ def test_of_the_same_words_the_model_an_adapter_and_a_salt_have_blocks_of_their_
         assert event.blocks == question.blocks
     assert isinstance(told[3], BlocksRemoved)
     assert set(told[3].blocks) == set(questions[1].blocks)
+    num_pieces = len(questions[0].blocks)
+    found = [stats[f"upstream_speaks_num_{name}"] for name in ("event_batches", "pieces_stored", "pieces_dropped")]
+    assert found == [4, 3 * num_pieces, num_pieces]
 
 
 class Listing(BaseHTTPRequestHandler):
