@@ -232,7 +232,7 @@ def _quantifier(a: Prepared, b: Prepared) -> bool:
 
 def _question(a: Prepared, b: Prepared) -> bool:
     asked = frozenset((a.facts.question, b.facts.question))
-    return (len(asked) == 2 and asked in _OTHER_QUESTIONS) or asks_otherwise(a, b)
+    return len(asked) == 2 and asked in _OTHER_QUESTIONS
 
 
 _CERTAIN = ("who", "when", "where", "why", "many", "long", "far", "old", "often", "tall", "big", "fast")
@@ -327,5 +327,6 @@ GUARDS: Final[dict[str, Guard]] = {
     "format": _format,
     "kind": _kind,
     "scope": _scope,
+    "asked": asks_otherwise,
 }
 """In the order in which they are asked."""
