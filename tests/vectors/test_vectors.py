@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from anaphora.vectors import Vectors, VectorsDamaged
 from anaphora.vectors import graph as graph_module
 from anaphora.vectors.graph import Graph
-from anaphora.vectors.rows import encode
+from anaphora.vectors.rows import encode, encode_one
 
 Floats = npt.NDArray[np.float32]
 
@@ -210,6 +211,19 @@ def test_a_graph_finds_nearly_all_of_the_nearest() -> None:
     found = [{identity for identity, _ in vectors.search(A, question, 4)} for question in asked]
     assert np.mean([len(ids & set(best.tolist())) / 4 for ids, best in zip(found, right, strict=True)]) > 0.95
     vectors.close()
+
+
+@given(arrays(np.float32, 16, elements=st.floats(-1e3, 1e3, width=32)))
+def test_one_vector_is_encoded_as_it_is_among_many(vector: Floats) -> None:
+    if np.abs(vector).max() < 1e-30:  # as good as no direction
+        return
+    assert np.array_equal(encode_one(vector), encode(np.stack([vector, 2 * vector]))[0])
+
+
+@pytest.mark.parametrize("vector", [np.zeros(4), np.full(4, np.nan), np.array([1, np.inf, 0, 0]), np.array([-np.inf, 1, 0, 0])])
+def test_one_vector_without_a_direction_is_not_encoded(vector: Floats) -> None:
+    with pytest.raises(ValueError, match="must be finite, and not zero"):
+        encode_one(vector.astype(np.float32))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Vectors are kept with eight bits for each dimension, which changes a similarity 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Collection, Sequence
 from itertools import islice
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from anaphora.vectors.file import Saved, VectorsDamaged, read, remove, write
 from anaphora.vectors.graph import Graph
-from anaphora.vectors.rows import Rows, encode, nearest
+from anaphora.vectors.rows import Rows, encode, encode_one, nearest
 
 __all__ = ["SMALL", "Vectors", "VectorsDamaged", "remove"]
 
@@ -126,13 +127,12 @@ class Vectors:
             # Rows first: what goes over into the graph meanwhile is found in either.
             rows, graph, gone = found.rows.newest(MAX_COMPARED), found.graph, found.gone
         asked = np.asarray(vector, np.float32)
-        length = float(np.linalg.norm(asked))
-        if asked.shape != (self.dimensions,) or not (np.isfinite(length) and length > 0):
+        if asked.shape != (self.dimensions,) or not 0.0 < (squared := float(asked @ asked)) < math.inf:
             raise ValueError(f"not a vector of {self.dimensions} dimensions with a direction")
         wanted = k + _SPARE if gone else k
-        near = nearest(rows, asked / np.float32(length), wanted) if len(rows[0]) else []
+        near = nearest(rows, asked / np.float32(math.sqrt(squared)), wanted) if len(rows[0]) else []
         if graph is not None and len(graph):
-            near = _merged(near, graph.search(encode(asked[np.newaxis])[0], wanted))
+            near = _merged(near, graph.search(encode_one(asked), wanted))
         return list(islice((pair for pair in near if pair[0] not in gone), k))
 
     # -- the graphs ----------------------------------------------------------------------------------------------------
