@@ -1,7 +1,7 @@
 """Real vLLM replicas behind the gateway: what their events tell the router, and how much each strategy finds cached.
 
     benchmarks/peers/setup.sh ~/.cache/anaphora/peers vllm      # once: vLLM for CPUs, in a virtual environment of its own
-    python benchmarks/vllm_replicas.py [--sessions 4] [--turns 3] [--cases expected+events,expected,prefix,round-robin] [--json]
+    python benchmarks/vllm_replicas.py [--sessions 5] [--turns 3] [--cases expected+events,expected,prefix,round-robin] [--json]
 
 Two vLLM with SmolLM2-135M, one thread each, with few blocks of KV, so that they evict. Several conversations run at the same
 time; behind each one's first turn somebody else fills the first replica's cache, past the gateway. Every case has conversations
@@ -55,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=96, help=f"of {BLOCK} tokens, in each replica's cache")
-    parser.add_argument("--sessions", type=int, default=4)
+    parser.add_argument("--sessions", type=int, default=5, help="a number that the replicas do not divide")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--words", type=int, default=250, help="of a conversation's first message; later ones have a sixth")
     parser.add_argument("--cases", default="expected+events,expected,prefix,round-robin")
