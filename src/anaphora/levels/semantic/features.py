@@ -4,13 +4,13 @@ with each other. Symmetric: each pair of one-sided values is given as the smalle
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from anaphora.levels.semantic.lexicon import lexicon
+from anaphora.levels.semantic.lexicon import Lexicon, lexicon
 from anaphora.levels.semantic.matching import RELATIONS, Match, likeness, same_words
 from anaphora.levels.semantic.reading import COUNTER_PARTICLES, Reading, words_of
 from anaphora.levels.semantic.slips import is_slip, is_typo
@@ -33,6 +33,8 @@ def plain_features(a: Reading, b: Reading) -> Row:
     """Those that need no lexicon of English words, in the order of `PLAIN_NAMES`."""
     match = same_words(a, b)
     typos = sum(is_typo(a.low[i], b.low[j]) for i in match.left for j in match.right)
+    written, other = Counter(a.written), Counter(b.written)
+    mine, theirs = list((written - other).elements()), list((other - written).elements())
     return [
         *_surface(a, b),
         *_both(len(match.left), len(match.right)),
@@ -43,18 +45,17 @@ def plain_features(a: Reading, b: Reading) -> Row:
         *_both(len(a.numbers - b.numbers), len(b.numbers - a.numbers)),
         *_both(len(a.names - b.names), len(b.names - a.names)),
         float(abs(a.negations - b.negations)),
-        *_both((Counter(a.written) - Counter(b.written)).total(), (Counter(b.written) - Counter(a.written)).total()),
+        *_both(len(mine), len(theirs)),
         *_order(a, b, match)[:3],
-        *_left_over(a, b),
+        *_left_over(mine, theirs, lexicon(a.language or "en")),
     ]
 
 
-def _left_over(a: Reading, b: Reading) -> Row:
-    """Of all words, those without a meaning of their own too: how many only one has, slips of the pen and courtesies left out;
-    and how many of them ask for something."""
-    words = lexicon(a.language or "en")
-    mine = [word for word in (Counter(a.written) - Counter(b.written)).elements() if word not in words.courtesy]
-    theirs = [word for word in (Counter(b.written) - Counter(a.written)).elements() if word not in words.courtesy]
+def _left_over(mine: Sequence[str], theirs: Sequence[str], words: Lexicon) -> Row:
+    """Of the words that only one has, those without a meaning of their own too: how many there are, slips of the pen and
+    courtesies left out; and how many of them ask for something."""
+    mine = [word for word in mine if word not in words.courtesy]
+    theirs = [word for word in theirs if word not in words.courtesy]
     left = [word for word in mine if not any(is_slip(word, other) for other in theirs)]
     right = [word for word in theirs if not any(is_slip(word, other) for other in mine)]
     return [
