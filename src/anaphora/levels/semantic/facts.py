@@ -66,10 +66,9 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
         if opposites and all(group != "negation" for group, _ in own):
             turning.append((key, opposites))
     roles, agents = _roles(tokens, words)
+    telling = [token for token in tokens if token.content or token.low in words.prepositions]
     governed = frozenset(
-        token.stem
-        for before, token in pairwise(token for token in tokens if token.content or token.low in words.prepositions)
-        if token.content and before.low in words.prepositions
+        [token.stem for before, token in pairwise(telling) if token.content and before.low in words.prepositions]
     )
     return Facts(
         marks=marks,
@@ -81,7 +80,10 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
         order=order_of(roles),
         agents=agents,
         question=_question(tokens, found),
-        **wording._asdict(),
+        known=wording.known,
+        words=wording.words,
+        codes=wording.codes,
+        owners=wording.owners,
     )
 
 
@@ -213,7 +215,7 @@ def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], fro
     for stem in twice:
         del roles[stem]
     agents: frozenset[str] = frozenset()
-    if any(token.low in words.passive for token in tokens):
+    if not words.passive.isdisjoint([token.low for token in tokens]):
         agents = frozenset(stem for stem, role in roles.items() if role == words.agent)
     return roles, agents
 

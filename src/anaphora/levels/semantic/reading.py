@@ -119,7 +119,7 @@ class Reading:
         self.objects = _objects(tokens)
         self.bigrams = frozenset(pairwise(self.written))
         joined = " ".join(self.written)
-        self.trigrams = frozenset([joined[place : place + 3] for place in range(len(joined) - 2)])
+        self.trigrams = frozenset(map("".join, zip(joined, joined[1:], joined[2:], strict=False)))
         self.size = len(prepared.text)
 
 

@@ -112,12 +112,14 @@ def normal_form(text: str, plain: str | None = None) -> str:
     """Texts with equal normal forms say the same, whoever reads them: they differ in case, spaces, marks at the end and ways of
     writing a character. What may change the meaning stays: US and us, C++ and C, -5 and 5. `plain` is the text `plainly`, where
     that is known already."""
-    if len(text) > 10 * LONGEST or _INDENTED.search(text):
+    if len(text) > 10 * LONGEST or (("\n" in text or "`" in text) and _INDENTED.search(text)):
         # A document, or code, of which spaces are part.
         return unicodedata.normalize("NFC", text).strip()
     plain = plainly(text) if plain is None else plain
     plain = _LINES.sub("\n", _SPACE.sub(" ", plain)).strip() if "\n" in plain else " ".join(plain.split())
-    plain = _REPEATED.sub(r"\1", _BEFORE_MARK.sub("", plain))
+    plain = _BEFORE_MARK.sub("", plain)
+    if plain.count("?") + plain.count("!") > 1:
+        plain = _REPEATED.sub(r"\1", plain)
     if "`" in plain:
         return plain
     return _folded(_without_end(plain))
@@ -187,13 +189,16 @@ _SPANISH_MARKS = re.compile(r"[ñ¿¡áéíóú]")
 def language_of(text: str) -> Language | Literal[""]:
     """By its letters and its small words. Empty where another language is likelier than those with a lexicon."""
     low = unicodedata.normalize("NFC", text).lower()
-    if _STRANGE.search(low):
+    plain = low.isascii()
+    if not plain and _STRANGE.search(low):
         return ""
-    if _CYRILLIC.search(low):
+    if not plain and _CYRILLIC.search(low):
         return "ru"
     words = _LETTERS.findall(low)
     english = sum(map(_ENGLISH.__contains__, words))
-    spanish = sum(map(_SPANISH.__contains__, words)) + len(_SPANISH_MARKS.findall(low))
+    spanish = sum(map(_SPANISH.__contains__, words))
+    if not plain:
+        spanish += len(_SPANISH_MARKS.findall(low))
     foreign = sum(map(FOREIGN.__contains__, words))
     # Many small words of French or Portuguese are Spanish as well.
     if max(1, english, spanish) <= 2 * foreign or (max(english, spanish) == 0 and _NOT_ENGLISH_OR_SPANISH.search(low)):

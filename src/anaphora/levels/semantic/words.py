@@ -64,7 +64,7 @@ class Words:
 
     def vectors(self, numbers: list[int]) -> npt.NDArray[np.float32]:
         """One row of length 1 for each; zeros where unknown."""
-        return self._vectors[numbers]
+        return self._vectors.take(numbers, axis=0)
 
     def relation(self, one: int, other: int) -> Relation:
         """Of two lemmas, or of the words themselves where the lemma has none."""
