@@ -12,7 +12,7 @@ import pytest
 from tests.server.gateways import CLAUDE, CLIENT_KEY, GPT, OUR_KEY, Gateway, gateway, the_one, upstream
 from tests.server.provided import COMPLETION, MESSAGE, Json
 
-from anaphora.testing.upstream import Control, Upstream
+from anaphora.testing.upstream import Control, Match, Upstream
 from anaphora.wire import sse
 
 OPEN_CLAUDE, OPEN_GPT = "claude-haiku-4-5", "gpt-5.4"
@@ -306,7 +306,20 @@ def test_what_the_providers_dialect_cannot_say_is_refused_by_its_name(
     assert at_anthropic.requests() == at_openai.requests() == []
 
 
-def test_tokens_that_nobody_can_count_are_not_made_up(claude: anthropic.Anthropic) -> None:
+def test_tokens_are_counted_by_whoever_makes_them(claude: anthropic.Anthropic, at_openai: Control) -> None:
+    short = claude.messages.count_tokens(model=GPT, messages=say("hi"))
+    long = claude.messages.count_tokens(model=GPT, system="Be kind.", messages=say("hi " * 100))
+    assert [record.path for record in at_openai.requests("/tokenize")] == ["/tokenize"] * 2
+    assert at_openai.requests("/tokenize")[1].body["messages"][0] == {"role": "system", "content": "Be kind."}
+    assert long.input_tokens > short.input_tokens > 0
+
+
+def test_tokens_that_nobody_can_count_are_not_made_up(claude: anthropic.Anthropic, at_openai: Control) -> None:
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+    with pytest.raises(anthropic.NotFoundError, match="no way to count tokens"):
+        claude.messages.count_tokens(model=GPT, messages=[{"role": "user", "content": [picture]}])  # type: ignore[misc]
+    assert at_openai.requests("/tokenize") == []
+    at_openai.fault("404", match=Match(path="/tokenize"))  # as at a provider
     with pytest.raises(anthropic.NotFoundError, match="no way to count tokens"):
         claude.messages.count_tokens(model=GPT, messages=say("hi"))
 

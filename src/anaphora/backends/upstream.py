@@ -20,6 +20,16 @@ from anaphora import __version__
 from anaphora.backends.base import Foreign, Forwarded
 from anaphora.backends.http import Http, Reply, Unreachable
 from anaphora.backends.optimising import OptimiserOptions, Optimising, Sending
+from anaphora.backends.upstream_replies import (
+    OF_THE_CONNECTION,
+    client_headers,
+    is_repeatable,
+    kv_reused_tokens,
+    meant,
+    retry_after_s,
+    with_headers,
+    with_reused,
+)
 from anaphora.clock import Clock, SystemClock
 from anaphora.errors import BackendFailed, ConfigError, InvalidRequest, NotFound, ServiceError, UpstreamFailed
 from anaphora.patience import HELD_UP_S, Patience
@@ -40,13 +50,10 @@ from anaphora.types import (
 )
 from anaphora.wire.base import encode
 from anaphora.wire.fields import Json
-from anaphora.wire.upstream import Reader, UpstreamDialect
+from anaphora.wire.upstream import UpstreamDialect
 
 ANTHROPIC_VERSION = "2023-06-01"
 """Sent where the client said none."""
-
-PASSED_ON = ("anthropic-ratelimit-", "x-ratelimit-", "openai-", "anthropic-organization-id", "retry-after")
-"""Headers of an answer, or what they begin with, that are the client's business."""
 
 _NO_TOKEN, _NO_MORE, _NOT_OVER = "no first token came", "nothing more came", "the answer was not over"
 
@@ -164,23 +171,23 @@ class Upstream:
         what the answer's reader knows of, whatever is sent."""
         started_s = self._clock.monotonic_s()
         async with self._exchange(sent, dialect, body) as reply:
-            headers, reused = _client_headers(reply.headers, self.name), _reused(reply.headers)
+            headers, reused = client_headers(reply.headers, self.name), kv_reused_tokens(reply.headers)
             reader = dialect.reader(body) if body.get("stream") else None
             said = False
             while not reply.over:
                 if reader is None:
                     burst, failure = dialect.read_whole(await self._whole(reply, started_s)), None
                 else:
-                    burst, failure = _meant(reader, await self._chunk(reply, started_s, said=said))
+                    burst, failure = meant(reader, await self._chunk(reply, started_s, said=said))
                 if burst:
                     said = said or any(not isinstance(delta, Raw | Begin | Finish) for delta in burst)
                     if headers:
-                        burst, headers = [_with_headers(burst[0], headers), *burst[1:]], ()
+                        burst, headers = [with_headers(burst[0], headers), *burst[1:]], ()
                     # Whoever has the end of an answer reads no further, but its connection is good for the next one.
                     reply.over = reader is None or isinstance(burst[-1], End)
                     if isinstance(burst[-1], End):
                         burst[-1] = msgspec.structs.replace(burst[-1], compute_s=self._clock.monotonic_s() - started_s)
-                    yield [_with_reused(delta, reused) for delta in burst] if reused else burst
+                    yield [with_reused(delta, reused) for delta in burst] if reused else burst
                 if failure is not None:
                     raise failure
 
@@ -241,10 +248,10 @@ class Upstream:
         return next((delta.usage for delta in dialect.read_whole(data) if isinstance(delta, End)), Usage())
 
     async def count_tokens(self, request: Request) -> int:
-        """Asks it where its dialect has a way to. Raises NotFound where not."""
+        """By the way that its dialect has, or by vLLM's `/tokenize`. Raises NotFound where it has neither."""
         native = request.native
         if not self.options.anthropic:
-            raise NotFound(f"The upstream {self.name} has no way to count tokens.", code="no_token_count")
+            return await self._count_tokenized(request)
         dialect = self._main
         if native is not None and native.dialect == dialect.name:
             body = dialect.passed(native.body, model=self.model_there(request.model))
@@ -268,6 +275,15 @@ class Upstream:
             return msgspec.json.decode(data, type=_Counted).input_tokens
         except msgspec.MsgspecError as error:
             raise UpstreamFailed(f"The upstream {self.name} answered with something else than a count.", 502) from error
+
+    async def _count_tokenized(self, request: Request) -> int:
+        try:
+            tokens = await self.tokenize(request)
+        except NotFound:
+            tokens = []
+        if not tokens:
+            raise NotFound(f"The upstream {self.name} has no way to count tokens.", code="no_token_count")
+        return len(tokens)
 
     async def tokenize(self, request: Request) -> list[int]:
         """The tokens of the prompt, by vLLM's `/tokenize`; none of one that is more than words. Raises NotFound where the
@@ -329,7 +345,7 @@ class Upstream:
             raise self._late("no answer came", self.options.first_s) from error
         except Unreachable as error:
             raise self._unreachable(error, {"store": True}) from error
-        passed = [(name, value) for name, value in reply.headers.items() if name not in _OF_THE_CONNECTION]
+        passed = [(name, value) for name, value in reply.headers.items() if name not in OF_THE_CONNECTION]
         return Forwarded(reply.status, (*passed, ("x-anaphora-upstream", self.name)), self._chunks(reply))
 
     async def _chunks(self, reply: Reply) -> AsyncGenerator[bytes, None]:
@@ -472,7 +488,7 @@ class Upstream:
         error = dialect.read_error(status, data)
         advice = reply.headers.get("x-should-retry")
         not_done = status in (429, 503, 529)
-        again = advice == "true" or (advice != "false" and (not_done or (status in (500, 502) and _repeatable(body))))
+        again = advice == "true" or (advice != "false" and (not_done or (status in (500, 502) and is_repeatable(body))))
         message = f"{self.name}: {error.message}"
         if status in (401, 403) and self.options.key:
             # Ours is the key that was refused, so there is nothing the client could mend.
@@ -484,7 +500,7 @@ class Upstream:
             status,
             param=error.param,
             code=error.code,
-            retry_after_s=_retry_after_s(reply.headers),
+            retry_after_s=retry_after_s(reply.headers),
             elsewhere=status >= 500 or status in (408, 429) or (status == 404 and error.code != "not_found_error"),
             again=again,
             dialect=dialect.name,
@@ -498,7 +514,7 @@ class Upstream:
             502,
             code="upstream_unreachable",
             elsewhere=True,
-            again=error.unsent or _repeatable(body),
+            again=error.unsent or is_repeatable(body),
         )
 
     def _late(self, what: str, within_s: float, *, elsewhere: bool = True) -> UpstreamFailed:
@@ -513,22 +529,6 @@ class _Sent(NamedTuple):
     url: str
     body: bytes
     headers: dict[str, str]
-
-
-_OF_THE_CONNECTION = frozenset(
-    {
-        "connection",
-        "content-length",
-        "keep-alive",
-        "proxy-authenticate",
-        "set-cookie",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-"""Headers of an answer that are not for the client (RFC 9110 §7.6.1), or belong to somebody else."""
 
 
 class _Counted(msgspec.Struct, frozen=True):
@@ -561,56 +561,6 @@ _TOKENIZED = (
 )
 """Fields that make the tokens of a prompt."""
 
-_EFFECTS = ("background", "conversation", "container", "mcp_servers")
-
-
-def _meant(reader: Reader, chunk: bytes) -> tuple[list[Delta], ServiceError | None]:
-    """What `chunk` means, and what is wrong with it: what came before that is good."""
-    try:
-        return reader.feed(chunk), None
-    except ServiceError as error:
-        return reader.deltas, error
-
-
-def _repeatable(body: Json) -> bool:
-    """Whether answering `body` twice does no harm: nothing is kept by it, and none of the provider's own tools act for it."""
-    if any(body.get(field) for field in _EFFECTS) or body.get("store") is True:
-        return False
-    tools = body.get("tools")
-    if not isinstance(tools, list):
-        return True
-    return all(isinstance(tool, dict) and tool.get("type", "custom") in ("custom", "function") for tool in tools)
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """A date is taken as: not said. Both providers' SDKs know the exact form, too."""
-    for name, per_s in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            return max(0.0, float(headers[name]) / per_s)
-        except (KeyError, ValueError):
-            continue
-    return None
-
-
-def _reused(headers: Mapping[str, str]) -> int:
-    """Of an upstream that is an Anaphora itself: prompt tokens that its engine really had, whatever the accounting says."""
-    text = headers.get("x-anaphora-kv-reused-tokens", "")
-    return int(text) if text.isascii() and text.isdigit() else 0
-
-
-def _client_headers(headers: Mapping[str, str], name: str) -> tuple[tuple[str, str], ...]:
-    passed = [(key, value) for key, value in headers.items() if key.startswith(PASSED_ON)]
-    theirs = headers.get("request-id") or headers.get("x-request-id")
-    if theirs:
-        passed.append(("x-anaphora-upstream-request-id", theirs))
-    return (*passed, ("x-anaphora-upstream", name))
-
-
-def _with_reused(delta: Delta, reused: int) -> Delta:
-    if not isinstance(delta, Begin | End):
-        return delta
-    return msgspec.structs.replace(delta, usage=msgspec.structs.replace(delta.usage, kv_reused_tokens=reused))
-
 
 def _told(burst: list[Delta], sending: Sending) -> list[Delta]:
     """With what the optimiser decided, on the first piece; and it is told when an answer begins to say something."""
@@ -621,10 +571,6 @@ def _told(burst: list[Delta], sending: Sending) -> list[Delta]:
         headers = (*first.headers, ("x-anaphora-optimiser", sending.summary))
         return [msgspec.structs.replace(first, headers=headers), *burst[1:]]
     return burst
-
-
-def _with_headers(delta: Delta, headers: tuple[tuple[str, str], ...]) -> Delta:
-    return msgspec.structs.replace(delta, headers=headers) if headers and isinstance(delta, Raw) else delta
 
 
 def _is_pattern(name: str) -> bool:
