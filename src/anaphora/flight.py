@@ -226,6 +226,7 @@ class Flights:
     async def drain(self) -> None:
         """Wait until everything that is aloft now has landed."""
         await asyncio.gather(*(flight.task for flight in self._aloft), return_exceptions=True)
+        await asyncio.sleep(0)  # where all were done already nothing was waited for: not for what follows on that either
 
     async def aclose(self) -> None:
         """Cancel what is not over, let what is over be learned, and wait until all of it has landed."""

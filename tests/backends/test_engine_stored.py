@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,7 @@ def test_looking_does_not_change_what_leaves_first(kv: Kv, folder: Path) -> None
     def order() -> list[bytes]:
         import sqlite3
 
-        with sqlite3.connect(folder / "kv" / "index.db") as db:
+        with closing(sqlite3.connect(folder / "kv" / "index.db")) as db:
             return [key for (key,) in db.execute("SELECT key FROM entries ORDER BY accessed")]
 
     before = order()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
+from anaphora.ledger.book import Book
 from anaphora.ledger.entry import LIFETIMES, Entry
+from anaphora.ledger.query import Query
 
 AT_US = 1_800_000_000_000_000
 
@@ -53,3 +56,9 @@ def made(**fields: Any) -> Entry:
         "outcome": "finished",
     }
     return Entry(**(told | fields))
+
+
+def rows_of(path: Path) -> list[Entry]:
+    """All that is in the book at `path`."""
+    with Book(path) as book:
+        return [entry for _, entry in book.rows(Query())]

@@ -141,6 +141,7 @@ def test_what_the_book_says_was_used_counts_on(tmp_path: Path) -> None:
         ]
     )
     tallies = Tallies(first=lambda: used_before(book, NOW_S))
+    book.close()
     limits = LimitConfig(
         tenant="*",
         requests_per_hour=10,

@@ -6,13 +6,13 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ledger.entries import AT_US, entries, made
+from tests.ledger.entries import AT_US, entries, made, rows_of
 
 from anaphora.ledger.book import Book, BookProblem
 from anaphora.ledger.entry import Entry
@@ -20,8 +20,9 @@ from anaphora.ledger.query import DIMENSIONS, Query, Sums, total
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> Book:
-    return Book(tmp_path / "deep" / "ledger.db", writes=True)
+def book(tmp_path: Path) -> Iterator[Book]:
+    with Book(tmp_path / "deep" / "ledger.db", writes=True) as book:
+        yield book
 
 
 @given(st.lists(entries, max_size=20), st.sets(st.sampled_from(sorted(DIMENSIONS))))
@@ -127,7 +128,8 @@ def test_several_processes_write_one_file_and_nothing_is_lost(tmp_path: Path) ->
     root = str(Path(__file__).parents[2])
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=root) for name in "tuv"]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
-    counted = {group.by["tenant"]: group.sums.num_requests for group in Book(path).groups(("tenant",), Query())}
+    with Book(path) as book:
+        counted = {group.by["tenant"]: group.sums.num_requests for group in book.groups(("tenant",), Query())}
     assert counted == {"t": 200, "u": 200, "v": 200}
 
 
@@ -135,7 +137,8 @@ def test_a_file_that_is_only_being_made_has_no_rows(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "ledger.db") as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     connection.close()
-    assert Book(tmp_path / "ledger.db").groups((), Query()) == []
+    with Book(tmp_path / "ledger.db") as book:
+        assert book.groups((), Query()) == []
 
 
 def test_whoever_only_reads_makes_no_file(tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_book_of_a_later_version_is_left_alone(book: Book) -> None:
     with pytest.raises(BookProblem, match="later version"):
         book.append([made()])
     with pytest.raises(BookProblem, match="later version"):
-        Book(book.path).rows(Query())
+        rows_of(book.path)
 
 
 def test_nobody_else_may_read_the_file(book: Book) -> None:
@@ -184,6 +187,7 @@ def test_a_failed_batch_leaves_nothing(book: Book) -> None:
 def test_a_book_is_told_from_every_other_also_when_it_is_opened_again(book: Book, tmp_path: Path) -> None:
     number = book.identity()
     book.append([made()])
-    assert Book(book.path, writes=True).identity() == number
-    assert Book(tmp_path / "other.db", writes=True).identity() != number
-    assert len(Book(book.path).rows(Query())) == 1
+    with Book(book.path, writes=True) as again, Book(tmp_path / "other.db", writes=True) as other:
+        assert again.identity() == number
+        assert other.identity() != number
+    assert len(rows_of(book.path)) == 1

@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from tests.ledger.entries import rows_of
 
 from anaphora.accounting import Asked
 from anaphora.answer import Answer, Recalled
@@ -20,10 +21,8 @@ from anaphora.errors import BackendFailed, LimitReached, NotCached
 from anaphora.events import Event
 from anaphora.gateway import Gateway, Stale
 from anaphora.ledger.allowance import Allowance
-from anaphora.ledger.book import Book
 from anaphora.ledger.entry import Entry
 from anaphora.ledger.prices import Price, Prices
-from anaphora.ledger.query import Query
 from anaphora.ledger.recorder import Recorder
 from anaphora.ledger.tallies import Tallies
 from anaphora.levels.exact import ExactLevel, ExactOptions
@@ -92,7 +91,7 @@ class Bench:
     def entries(self) -> list[Entry]:
         self.recorder.start()
         self.recorder.close()
-        return [entry for _, entry in Book(self._book).rows(Query())]
+        return rows_of(self._book)
 
     def remaining(self) -> list[int]:
         return [standing.remaining for standing in self.allowance.standings(T)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ledger.entries import rows_of
 
 from anaphora.clock import ManualClock
 from anaphora.events import Answered, Computed, Dropped, Event, Failed, Miss, MissReason
@@ -18,7 +19,6 @@ from anaphora.ledger import recorder as module
 from anaphora.ledger.book import Book
 from anaphora.ledger.entry import Entry
 from anaphora.ledger.prices import Price, Prices
-from anaphora.ledger.query import Query
 from anaphora.ledger.recorder import Recorder
 from anaphora.types import Scope, Tenant, Usage
 
@@ -69,7 +69,7 @@ def recorded(path: Path, *happened: Event | Scope, **more: Any) -> list[Entry]:
         recorder.forget(what) if isinstance(what, Scope) else recorder.record(what)
     recorder.start()
     recorder.close()
-    return [entry for _, entry in Book(path).rows(Query())]
+    return rows_of(path)
 
 
 def test_every_answer_is_a_row_when_it_is_closed(path: Path) -> None:
@@ -113,12 +113,13 @@ def test_an_entry_that_was_written_already_is_amended(path: Path, monkeypatch: p
     assert written.wait(30)
     recorder.record(Computed(T, "m", USAGE, 1.0, "r"))
     recorder.close()
-    assert [(entry.output, entry.estimated) for _, entry in Book(path).rows(Query())] == [(5, 0)]
+    assert [(entry.output, entry.estimated) for entry in rows_of(path)] == [(5, 0)]
 
 
 def test_while_another_process_holds_the_file_answers_wait_and_it_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anaphora.ledger.book.BUSY_S", 0.05)
-    Book(path, writes=True).append([])
+    with Book(path, writes=True) as book:
+        book.append([])
     told = Told()
     recorder = Recorder(path, PRICES, ManualClock(), tell=told)
     with closing(sqlite3.connect(path, isolation_level=None)) as holder:
@@ -130,7 +131,7 @@ def test_while_another_process_holds_the_file_answers_wait_and_it_is_told(path: 
     recorder.close()
     assert isinstance(told.events[0], Failed)
     assert (told.events[0].tier, told.events[0].operation) == ("ledger", "write")
-    assert len(Book(path).rows(Query())) == 1
+    assert len(rows_of(path)) == 1
 
 
 def test_what_could_never_be_written_is_counted_in_the_end(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_forgetting_drops_the_labels_of_what_came_before(path: Path) -> None:
         ("r2", "later", 15 * 10**6),
     ]
     recorded(path, Scope(tenant=Tenant("u")))
-    assert Book(path).rows(Query())[1][1].tag == "later"
+    assert rows_of(path)[1].tag == "later"
 
 
 def test_what_is_too_old_goes_where_that_is_wanted(path: Path) -> None:
@@ -167,7 +168,7 @@ def test_what_is_too_old_goes_where_that_is_wanted(path: Path) -> None:
     recorder.record(answered(request_id="young"))
     recorder.start()
     recorder.close()
-    assert [entry.request_id for _, entry in Book(path).rows(Query())] == ["young"]
+    assert [entry.request_id for entry in rows_of(path)] == ["young"]
 
 
 def test_a_bug_in_a_consumer_does_not_end_the_ledger(path: Path) -> None:
@@ -183,4 +184,4 @@ def test_a_bug_in_a_consumer_does_not_end_the_ledger(path: Path) -> None:
     assert told.heard.wait(30)
     recorder.record(answered(request_id="good"))
     recorder.close()
-    assert "good" in [entry.request_id for _, entry in Book(path).rows(Query())]
+    assert "good" in [entry.request_id for entry in rows_of(path)]

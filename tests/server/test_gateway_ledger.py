@@ -10,11 +10,10 @@ from typing import Any
 
 import anthropic
 import pytest
+from tests.ledger.entries import rows_of
 from tests.server.gateways import CLAUDE, GPT, Gateway, gateway, upstream
 
-from anaphora.ledger.book import Book
 from anaphora.ledger.entry import Entry, usd
-from anaphora.ledger.query import Query
 from anaphora.testing.upstream import Upstream
 
 LONG = "word " * 3000
@@ -38,7 +37,7 @@ class Kept:
     def entries(self, ask: Callable[[Gateway], None]) -> list[Entry]:
         with gateway(self._toml, self._folder) as served:
             ask(served)
-        return [entry for _, entry in Book(self._folder / "cache" / "ledger.db").rows(Query())]
+        return rows_of(self._folder / "cache" / "ledger.db")
 
 
 @pytest.fixture

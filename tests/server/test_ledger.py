@@ -14,10 +14,9 @@ import anthropic
 import httpx2
 import openai
 import pytest
+from tests.ledger.entries import rows_of
 
-from anaphora.ledger.book import Book
 from anaphora.ledger.entry import Entry
-from anaphora.ledger.query import Query
 
 Serve = Callable[..., AbstractContextManager[tuple[str, Any]]]
 
@@ -41,7 +40,7 @@ def ask(url: str, text: str, key: str = "key-of-alice", model: str = MODEL, **he
 
 
 def written(folder: Path) -> list[Entry]:
-    return [entry for _, entry in Book(folder / "cache" / "ledger.db").rows(Query())]
+    return rows_of(folder / "cache" / "ledger.db")
 
 
 def test_what_was_answered_is_in_the_book_after_a_clean_end(serve: Serve, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def refusal(dialect: Dialect, change: Json, version: str | None = None) -> Inval
         (b'{"a":NaN}', "(byte 5)"),
         (b'{"a":"\xff"}', "not UTF-8 (byte 0xff)"),
         (b'{"a":1e999}', "out of range"),
-        (b'{"a":' * 5000, "nested too deeply"),
+        (b'{"a":' * 50_000, "nested too deeply"),
         (b"[]", "must be a JSON object, not an array"),
         (b'"x"', "must be a JSON object, not a string"),
     ],

@@ -116,11 +116,8 @@ def _groups(args: argparse.Namespace) -> list[dict[str, Any]]:
         return list(_ask(args)["groups"])
     from anaphora.ledger.book import Book
 
-    book = Book(_file(args))
-    try:
+    with Book(_file(args)) as book:
         return [plain(group) for group in book.groups(by, _query(args))]
-    finally:
-        book.close()
 
 
 def _requests(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -133,12 +130,9 @@ def _requests(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from anaphora.ledger.book import Book
     from anaphora.ledger.export import row
 
-    book = Book(_file(args))
-    try:
+    with Book(_file(args)) as book:
         for number, entry in book.rows(_query(args)):
             yield {"number": number, **row(entry)}
-    finally:
-        book.close()
 
 
 def _query(args: argparse.Namespace) -> Query:

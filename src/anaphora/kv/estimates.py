@@ -43,6 +43,8 @@ class Line:
         spread = self._n * self._xx - self._x * self._x
         if spread > 1e-9 * max(1.0, self._xx * self._n):
             slope = (self._n * self._xy - self._x * self._y) / spread
+            if abs(slope * self._x) < 1e-6 * abs(self._y):  # level, but for rounding, which may make it fall
+                slope = 0.0
             offset = (self._y - slope * self._x) / self._n
             if slope >= 0 and offset >= 0:
                 return offset, slope

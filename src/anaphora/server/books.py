@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from anaphora.events import Emit
 from anaphora.ledger.allowance import Allowance, used_before
 from anaphora.ledger.book import Book
 from anaphora.ledger.entry import Entry
+from anaphora.ledger.limits import Counts
 from anaphora.ledger.prices import Prices, load
 from anaphora.ledger.query import Group, Query
 from anaphora.ledger.recorder import Recorder
@@ -39,7 +40,7 @@ class Books:
         prices = Prices(own, addresses=addresses, emulates=config.engine.kind == "echo")
         self.allowance: Allowance | None = None
         if settings.limits:
-            tallies = Tallies(shared, first=lambda: used_before(Book(self._path), clock.now_s()))
+            tallies = Tallies(shared, first=lambda: self._used_before(clock.now_s()))
             together = self._together(config, tallies, clock, tell) if settings.share_limits else None
             self.allowance = Allowance(settings.limits, tallies, prices, clock, shared=together)
         notes = None
@@ -51,29 +52,24 @@ class Books:
             self._path, prices, clock, tell=tell, settles=self.allowance, notes=notes, keep_days=settings.keep_days
         )
 
+    def _used_before(self, now_s: float) -> Mapping[str, Counts]:
+        with Book(self._path) as book:
+            return used_before(book, now_s)
+
     def _together(self, config: Config, tallies: Tallies, clock: Clock, tell: Emit) -> Shared:
         cells = _cells(config)
-        book = Book(self._path, writes=True)
-        try:
+        with Book(self._path, writes=True) as book:
             server = book.identity()
-        finally:
-            book.close()
         return Shared(cells, server=server, process=secrets.randbits(63), own=tallies.read, clock=clock, report=tell)
 
     def groups(self, by: Sequence[str], query: Query) -> list[Group]:
         """Reads the file: call it on a thread of its own. Raises BookProblem."""
-        book = Book(self._path)
-        try:
+        with Book(self._path) as book:
             return book.groups(by, query)
-        finally:
-            book.close()
 
     def rows(self, query: Query, after: int, limit: int) -> list[tuple[int, Entry]]:
-        book = Book(self._path)
-        try:
+        with Book(self._path) as book:
             return book.rows(query, after=after, limit=limit)
-        finally:
-            book.close()
 
     async def aclose(self) -> None:
         """Write what is left, and tell it to whoever shares the limits."""
