@@ -6,9 +6,9 @@ lock. A consumer must be quick and must not raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -337,3 +337,26 @@ Emit = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """The `Emit` of whoever does not count."""
+
+
+class Consumer(Protocol):
+    @property
+    def concerns(self) -> tuple[type, ...]:
+        """The kinds of events that it wants to be told of."""
+
+    def record(self, event: Event) -> None: ...
+
+
+def among(consumers: Iterable[Consumer]) -> Emit:
+    """Tells each of them what concerns it, in their order. Nobody is asked about what concerns nobody: there are several events
+    on the way of a request to its first byte."""
+    told: dict[type, list[Emit]] = {}
+    for consumer in consumers:
+        for kind in consumer.concerns:
+            told.setdefault(kind, []).append(consumer.record)
+
+    def emit(event: Event) -> None:
+        for record in told.get(type(event), ()):
+            record(event)
+
+    return emit

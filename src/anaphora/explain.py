@@ -375,6 +375,8 @@ class _Kept:
 class Explanations:
     """Of the latest `size` requests of each tenant. Made for one event loop."""
 
+    concerns = (Optimised, UpstreamAsked, AnswerNamed, Compared)
+
     def __init__(self, clock: Clock, *, size: int = 128) -> None:
         """`size` 0: nothing is kept."""
         self._clock = clock

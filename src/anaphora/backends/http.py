@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, Mapping
+from functools import lru_cache
 from math import inf
 from urllib.request import getproxies, proxy_bypass
 
@@ -176,9 +177,7 @@ class Http:
         """Returns when the head of the answer is there. Raises Unreachable."""
         assert self._session is not None
         try:
-            response = await self._session.request(
-                method, URL(url, encoded=True), data=body, headers=headers, allow_redirects=False
-            )
+            response = await self._session.request(method, _url(url), data=body, headers=headers, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
             raise Unreachable(_words(error), unsent=True) from error
         except (aiohttp.ClientError, OSError) as error:
@@ -189,6 +188,11 @@ class Http:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+@lru_cache(maxsize=256)
+def _url(text: str) -> URL:
+    return URL(text, encoded=True)
 
 
 def _proxy(server: str) -> str | None:

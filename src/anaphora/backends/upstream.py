@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -170,30 +170,6 @@ class Upstream:
         """Lists of deltas as they come. Raises UpstreamFailed where they stop coming, or take longer than they may. `body` is
         what the answer's reader knows of, whatever is sent."""
         started_s = self._clock.monotonic_s()
-        async with self._exchange(sent, dialect, body) as reply:
-            headers, reused = client_headers(reply.headers, self.name), kv_reused_tokens(reply.headers)
-            reader = dialect.reader(body) if body.get("stream") else None
-            said = False
-            while not reply.over:
-                if reader is None:
-                    burst, failure = dialect.read_whole(await self._whole(reply, started_s)), None
-                else:
-                    burst, failure = meant(reader, await self._chunk(reply, started_s, said=said))
-                if burst:
-                    said = said or any(not isinstance(delta, Raw | Begin | Finish) for delta in burst)
-                    if headers:
-                        burst, headers = [with_headers(burst[0], headers), *burst[1:]], ()
-                    # Whoever has the end of an answer reads no further, but its connection is good for the next one.
-                    reply.over = reader is None or isinstance(burst[-1], End)
-                    if isinstance(burst[-1], End):
-                        burst[-1] = msgspec.structs.replace(burst[-1], compute_s=self._clock.monotonic_s() - started_s)
-                    yield [with_reused(delta, reused) for delta in burst] if reused else burst
-                if failure is not None:
-                    raise failure
-
-    @asynccontextmanager
-    async def _exchange(self, sent: _Sent, dialect: UpstreamDialect, body: Json) -> AsyncGenerator[Reply, None]:
-        """One HTTP request, from its place in the queue to the end of its answer."""
         if self._slots is not None:
             await self._slots.acquire()
         self.num_running += 1
@@ -202,7 +178,25 @@ class Upstream:
         try:
             reply = await self._begun(sent, dialect, body)
             try:
-                yield reply
+                headers, reused = client_headers(reply.headers, self.name), kv_reused_tokens(reply.headers)
+                reader = dialect.reader(body) if body.get("stream") else None
+                said = False
+                while not reply.over:
+                    if reader is None:
+                        burst, failure = dialect.read_whole(await self._whole(reply, started_s)), None
+                    else:
+                        burst, failure = meant(reader, await self._chunk(reply, started_s, said=said))
+                    if burst:
+                        said = said or any(not isinstance(delta, Raw | Begin | Finish) for delta in burst)
+                        if headers:
+                            burst, headers = [with_headers(burst[0], headers), *burst[1:]], ()
+                        # Whoever has the end of an answer reads no further, but its connection is good for the next one.
+                        reply.over = reader is None or isinstance(burst[-1], End)
+                        if isinstance(burst[-1], End):
+                            burst[-1] = msgspec.structs.replace(burst[-1], compute_s=self._clock.monotonic_s() - started_s)
+                        yield [with_reused(delta, reused) for delta in burst] if reused else burst
+                    if failure is not None:
+                        raise failure
             finally:
                 if reply.over:
                     self._finish(reply)

@@ -44,6 +44,8 @@ _PLACES = {name: place for place, name in enumerate(Account.__struct_fields__)}
 class Ledger:
     """Adds to `sums`, which several gateway processes may share."""
 
+    concerns = (Answered, Computed, Billed)
+
     def __init__(self, sums: Sums | None = None) -> None:
         self._sums = Sums() if sums is None else sums
 

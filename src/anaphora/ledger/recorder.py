@@ -58,6 +58,8 @@ class Recorder:
     """`record` and `forget` are called on the event loop's thread; `tell` is called on the recorder's own, with what went
     wrong. `settles` is told what each request used, `notes` every entry."""
 
+    concerns = (Answered, Computed)
+
     def __init__(
         self,
         path: Path,

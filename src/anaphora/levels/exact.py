@@ -14,7 +14,6 @@ which each lookup draws one; while its bucket is empty it is a miss, so k differ
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -60,14 +59,14 @@ class ExactLevel:
         reason, base = MissReason.ABSENT, question.key
         if self._buckets and _sampled(request):
             reason, base = MissReason.EMPTY_BUCKET, self._bucket(base, self._rng.randrange(self._buckets))
-        # Nearly always the first key has it, and asking for one at a time keeps that hit short. Slower tiers are asked once.
-        found: dict[Key, Entry] | None = None
-        for key in _places(base, request.max_tokens):
-            entry = self._store.get_now(key) if found is None else found.get(key)
-            if entry is None and found is None:
-                found = await self._store.get_many(list(_places(base, request.max_tokens)))
-                entry = found.get(key)
-            if entry is None:
+        # Nearly always the first key has it, and that hit is to be short. Slower tiers are asked once.
+        at_hand = self._store.get_now(base)
+        if at_hand is not None and isinstance(answer := self._judge(question, base, at_hand, any_limit=True), Hit):
+            return answer
+        places = _places(base, request.max_tokens)
+        found = await self._store.get_many(places)
+        for key in places:
+            if (entry := found.get(key)) is None:
                 continue
             answer = self._judge(question, key, entry, any_limit=key == base)
             if isinstance(answer, Hit):
@@ -188,11 +187,9 @@ class ExactLevel:
         return derived_key(key, "bucket", index)
 
 
-def _places(base: Key, limit: int | None) -> Iterator[Key]:
+def _places(base: Key, limit: int | None) -> tuple[Key, ...]:
     """Where an answer under `limit` may lie."""
-    yield base
-    if limit is not None:
-        yield _limited(base, limit)
+    return (base,) if limit is None else (base, _limited(base, limit))
 
 
 def _limited(base: Key, limit: int) -> Key:

@@ -118,6 +118,11 @@ class _Histogram:
 class Metrics:
     """Counts events in `sums`; `render` is what `/metrics` answers."""
 
+    concerns = (
+        *(Answered, Computed, Miss, Billed, Compared, Judged, Embedded),
+        *(Stored, Refused, Evicted, Damaged, Dropped, Failed),
+    )
+
     def __init__(self, sums: Sums | None = None) -> None:
         self._sums = sums = Sums() if sums is None else sums
         engine = ("model_name", "engine")

@@ -26,7 +26,7 @@ from anaphora.build import build, engine_options
 from anaphora.clock import Clock, ManualClock, SystemClock
 from anaphora.config import Config, api_keys, upstream_key
 from anaphora.errors import ConfigError
-from anaphora.events import Event
+from anaphora.events import Event, among
 from anaphora.explain import Explanations
 from anaphora.forgets import Forgets
 from anaphora.gateway import Gateway
@@ -118,13 +118,6 @@ async def answer(
 
     explanations = Explanations(clock, size=config.server.explanations)
 
-    def emit(event: Event) -> None:
-        metrics.record(event)
-        ledger.record(event)
-        explanations.record(event)
-        if books is not None:
-            books.recorder.record(event)
-
     loop = asyncio.get_running_loop()
 
     def tell(event: Event) -> None:
@@ -132,6 +125,7 @@ async def answer(
             loop.call_soon_threadsafe(emit, event)
 
     books = Books(config, clock, tell=tell, shared=tallies) if config.ledger.enabled else None
+    emit = among((metrics, ledger, explanations, *([books.recorder] if books is not None else [])))
     announcer = Announcer(voice, _url(listener), with_keys=bool(keys))
     refusals: list[str] = []
 
