@@ -3,7 +3,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anaphora.routing.rates import Decaying, Factor, Rates, gathered_s
@@ -20,6 +20,7 @@ def test_rates_are_found_whatever_was_thought_before() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100), st.floats(0, 1000)), max_size=30))
+@example([(0.0, 2e-157, 1.0)])
 def test_no_rate_is_ever_negative(observations: list[tuple[float, float, float]]) -> None:
     rates = Rates((0.1, 0.1), (1.0, 1.0))
     for one, other, y in observations:

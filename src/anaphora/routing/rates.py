@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-_LEAST_SCALE = 1e-6
-"""Nothing is a million times faster than was thought."""
+_MOST_TIMES = 1e6
+"""Nothing is a million times slower or faster than was thought."""
 
 
 class Rates:
@@ -79,7 +79,7 @@ class Rates:
         prior, scaled = self._prior, self._scaled
         took = sum(prior[i] * (self._xy[i] - sum(self._xx[i][j] * self.rates[j] for j in self._fixed)) for i in scaled)
         thought = sum(prior[i] * prior[j] * self._xx[i][j] for i in scaled for j in scaled)
-        return max(took / thought, _LEAST_SCALE) if thought > 0 else 1.0
+        return min(max(took / thought, 1 / _MOST_TIMES), _MOST_TIMES) if thought > 0 else 1.0
 
 
 class Decaying:
