@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import statistics
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
+from replicas import served
 
 ROOT = Path(__file__).parent.parent
 WORDS = (ROOT / "README.md").read_text(encoding="utf-8").split()
@@ -164,21 +164,8 @@ def gateway(case: str, replicas: list[Replica], num_blocks: int) -> Iterator[str
         toml += f'pool = "cpu"\nkv_tokens = {num_blocks * BLOCK}\nmetrics = "/metrics"\n'
         if events:
             toml += f'kv_events = "{replica.events}"\nkv_events_replay = "{replica.replay}"\n'
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "anaphora.toml").write_text(toml)
-        command = [sys.executable, "-m", "anaphora", "serve", "--config", str(folder / "anaphora.toml"), "--port", "0"]
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen([*command, "--cache-dir", name], stderr=log)
-        try:
-            while (found := re.search(r"listening on (\S+)", (folder / "log").read_text())) is None:
-                if process.poll() is not None:
-                    raise SystemExit(f"the gateway did not start: {(folder / 'log').read_text()}")
-                time.sleep(0.05)
-            yield found[1]
-        finally:
-            process.terminate()
-            process.wait()
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder), toml, "--cache-dir", folder) as url:
+        yield url
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------------
