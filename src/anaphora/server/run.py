@@ -36,6 +36,7 @@ from anaphora.server.auth import Keyring, check_bind
 from anaphora.server.books import Books, check_books
 from anaphora.server.endpoint import Api
 from anaphora.server.metrics import Metrics
+from anaphora.server.protocol import Protocol
 from anaphora.server.voice import Announcer, Lines, Voice
 from anaphora.sums import Sums
 from anaphora.types import Owner
@@ -158,7 +159,7 @@ async def answer(
     app = App(Api(gateway, keyring, metrics, ledger, clock, config.server.max_body, explanations, books, emit))
     settings = uvicorn.Config(
         app,
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="off",
         access_log=False,
