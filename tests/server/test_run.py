@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,16 @@ Serve = Callable[..., AbstractContextManager[tuple[str, Any]]]
 def ask(url: str, text: str, **fields: object) -> httpx2.Response:
     body = {"model": "echo", "messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
     return httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_an_answer_comes_in_one_piece(serve: Serve) -> None:
+    with serve() as (url, _):
+        host, _, port = url.removeprefix("http://").partition(":")
+        request = b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            for _ in range(20):
+                connection.sendall(request)
+                assert connection.recv(1 << 16).endswith(b'{"status":"ok"}')
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
