@@ -15,6 +15,7 @@ from tests.server.gateways import gateway, upstream
 
 from anaphora.backends.upstream import Upstream as Asked
 from anaphora.backends.upstream import UpstreamOptions
+from anaphora.clock import SystemClock
 from anaphora.config import GatewayConfig, UpstreamConfig, check_upstream
 from anaphora.errors import ConfigError
 from anaphora.fleet import Fleet
@@ -137,7 +138,7 @@ class Stage:
 
     def choice(self, asking: Request, name: str) -> Choice:
         routed = [replica for replica in self.fleet._router.replicas if replica.name == name]
-        choice = self.strategy.pick(of_request(asking), routed, 0.0)
+        choice = self.strategy.pick(of_request(asking), routed, SystemClock().monotonic_s())
         assert choice is not None
         return choice
 

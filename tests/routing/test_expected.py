@@ -71,6 +71,12 @@ def test_before_anything_is_known_of_their_speed_all_get_alike(token_s: float, n
     assert max(counts) - min(counts) <= 1
 
 
+def test_a_time_before_the_first_request_is_taken_to_be_its_own() -> None:
+    world = World(Expected(), fleet("one", "two", capacity_tokens=1_000_000))
+    place = world.answer(chain("talk", 40), 1e6)
+    assert pick(world.strategy, chain("talk", 41), world.replicas, 0.0).replica == place
+
+
 def test_the_first_answer_of_a_slow_pool_says_what_a_cache_is_worth_there() -> None:
     world = World(Expected(), fleet("one", "two", capacity_tokens=1_000_000))
     place = world.answer(chain("talk", 40), 0.0, first_s=10.0)

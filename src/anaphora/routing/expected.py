@@ -151,7 +151,7 @@ class Expected:
         states = [self._state(replica) for replica in replicas if replica.open]
         recent_s = sum(state.recent_s(now_s) for state in states)
         late_s, weight = sum(state.late_s(now_s) for state in states), sum(state.late_weight(now_s) for state in states)
-        overlap_s, began_s = self._options.overlap_s, now_s if self._began_s is None else self._began_s
+        overlap_s, began_s = self._options.overlap_s, now_s if self._began_s is None else min(now_s, self._began_s)
         watched = gathered_s(overlap_s, now_s - began_s + _BEGAN_BEFORE_S) / overlap_s
         busy = min(0.9, recent_s / (watched * overlap_s * max(1, len(states))))
         return _Fleet(busy, watched, late_s / weight if weight > 0 else 0.0, self._stretch(replicas, now_s))
