@@ -91,6 +91,17 @@ def test_what_is_closed_has_said_its_head() -> None:
     asyncio.run(run())
 
 
+def test_a_client_that_has_left_is_told_nothing() -> None:
+    async def run() -> None:
+        transport, wire = joining()
+        transport.write(HEAD)
+        wire.close()
+        await asyncio.sleep(0)
+        assert wire.told == ["closed"]
+
+    asyncio.run(run())
+
+
 def test_all_else_is_the_transports_own() -> None:
     async def run() -> None:
         transport, _ = joining()

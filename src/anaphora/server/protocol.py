@@ -47,7 +47,8 @@ class HeadWithBody:
     def _flush(self) -> None:
         if self._head:
             head, self._head = self._head, b""
-            self._write(head)
+            if not self.is_closing():  # else the client has left meanwhile, and writing may raise
+                self._write(head)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

@@ -53,7 +53,7 @@ _SWITCH_EVERY_S = 0.0005
 _COLLECT_AFTER = (20_000, 2, 2)
 """Thresholds of the cyclic garbage collector. Nearly all of a request is freed without it, and each of its passes takes the
 processor's caches from the requests under way: with the usual (700, 10, 10) a first byte comes 0.1 ms later, and the slowest
-more. All generations are walked about as often as by default, or what errors leave behind would lie there for long."""
+more. All generations are walked half as often as by default, no less: what errors leave behind is not to lie there for long."""
 _HEED_EVERY_S = 1.0
 """How long a worker that nobody asks anything may hold what another one was told to forget."""
 
