@@ -3,7 +3,7 @@
 Vectors are synthetic, random directions added up: one for each topic (of a thousand vectors on average), one for each question
 of it (of ten), one for each wording. So two wordings of a question have a cosine of about 0.82, two questions of a topic 0.5,
 and others 0. What is looked up is a stored vector, moved to a cosine of 0.9. Processor times are of the one thread that looks;
-"during_inserts" means that another thread adds so many vectors a second and the graph takes them in meanwhile. "exact"
+"during_inserts" means that another thread adds so many vectors a second and its cells take them in meanwhile. "exact"
 multiplies a float32 matrix by the question.
 
 "texts" are real ones, of banking77, clinc150 and checklist-qqp in ANAPHORA_DATA, as the `static` encoder has them (256
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anaphora.vectors import Vectors
-from anaphora.vectors.graph import Graph
+from anaphora.vectors.cells import Cells
 from anaphora.vectors.rows import Rows, encode, nearest
 
 Floats = npt.NDArray[np.float32]
@@ -64,18 +64,17 @@ def main() -> None:
 
 
 def few(num: int) -> dict[str, float]:
-    """Microseconds of processor time for a lookup, one by one and in a graph."""
+    """Microseconds of processor time for a lookup, one by one and in cells."""
     stored, questions = made(num, 300)
     codes = encode(stored)
-    rows, graph = Rows(DIMENSIONS), Graph(DIMENSIONS)
+    rows, cells = Rows(DIMENSIONS), Cells(DIMENSIONS)
     rows.extend(np.arange(num), codes)
     for number in range(num):
-        graph.add(number, codes[number])
-    asked = encode(questions)
+        cells.add(number, codes[number])
     return {
         "entries": num,
         "rows_us": spent_us(lambda place: nearest(rows.newest(num), questions[place], 4), len(questions)),
-        "graph_us": spent_us(lambda place: graph.search(asked[place], 4), len(questions)),
+        "cells_us": spent_us(lambda place: cells.search(questions[place], 4), len(questions)),
         "exact_us": spent_us(lambda place: exact(stored, questions[place]), len(questions)),
     }
 

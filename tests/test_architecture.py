@@ -44,7 +44,7 @@ CORNERS = {
         "anaphora.ledger.book",
         "anaphora.levels.semantic.entry_*",
     ),
-    "usearch": ("anaphora.vectors.graph",),
+    "usearch": ("anaphora.vectors.centroids",),
     "opentelemetry": ("anaphora.ledger.telemetry",),
     "pyarrow": ("anaphora.ledger.export",),
     "langchain_core": ("anaphora.adapters.langchain",),

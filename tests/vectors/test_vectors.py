@@ -19,8 +19,7 @@ from hypothesis.extra.numpy import arrays
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from anaphora.vectors import Vectors, VectorsDamaged
-from anaphora.vectors import graph as graph_module
-from anaphora.vectors.graph import Graph
+from anaphora.vectors.cells import Cells
 from anaphora.vectors.rows import encode, encode_one
 
 Floats = npt.NDArray[np.float32]
@@ -44,7 +43,7 @@ def vectors() -> Iterator[Vectors]:
 
 
 class Machine(RuleBasedStateMachine):
-    """Against a dictionary. Spaces grow beyond `SMALL`, so they become graphs, at any time."""
+    """Against a dictionary. Spaces grow beyond `SMALL`, so they are put into cells, at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,21 +116,21 @@ TestAgainstADictionary.settings = settings(max_examples=40, stateful_step_count=
 
 
 class Gate:
-    """Stops whoever puts a vector into a graph, until told to go on."""
+    """Stops whoever puts a vector into a cell, until told to go on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
-        add = Graph.add
+        add = Cells.add
 
-        def gated(graph: Graph, identity: int, code: object) -> None:
+        def gated(cells: Cells, identity: int, code: object) -> None:
             self.entered.set()
             assert self.open.wait(60)
-            add(graph, identity, code)  # type: ignore[arg-type]
+            add(cells, identity, code)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Graph, "add", gated)
+        monkeypatch.setattr(Cells, "add", gated)
 
 
-def test_while_a_vector_is_put_into_the_graph_everything_is_found_and_nobody_waits(
+def test_while_a_vector_is_put_into_its_cell_everything_is_found_and_nobody_waits(
     vectors: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = directions(20)
@@ -153,7 +152,9 @@ def test_while_a_vector_is_put_into_the_graph_everything_is_found_and_nobody_wai
     assert vectors.num_waiting == 0
 
 
-def test_a_space_that_is_dropped_while_its_graph_is_built_stays_away(vectors: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_space_that_is_dropped_while_its_cells_are_filled_stays_away(
+    vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate(monkeypatch)
     vectors.add_many(A, range(10), directions(10))
     assert gate.entered.wait(60)
@@ -202,7 +203,7 @@ def test_what_is_no_direction_is_refused(vectors: Vectors, vector: Floats) -> No
     assert vectors.ids() == {A: {1}}
 
 
-def test_a_graph_finds_nearly_all_of_the_nearest() -> None:
+def test_cells_find_nearly_all_of_the_nearest() -> None:
     stored, asked = directions(3000, seed=1), directions(200, seed=2)
     vectors = Vectors(DIMENSIONS)
     vectors.add_many(A, range(3000), stored)
@@ -231,7 +232,7 @@ def test_one_vector_without_a_direction_is_not_encoded(vector: Floats) -> None:
 
 @pytest.fixture
 def saved(vectors: Vectors, tmp_path: Path) -> Path:
-    """A graph, and some rows."""
+    """Cells, and some rows."""
     vectors.add_many(A, range(20), directions(20))
     vectors.settle()
     vectors.add_many(B, range(100, 103), directions(3, seed=5))
@@ -314,15 +315,3 @@ def test_a_full_disk_leaves_the_file_of_before(vectors: Vectors, saved: Path, si
     assert [path.name for path in saved.parent.iterdir()] == ["vectors"]
     vectors.save(saved)
     assert len(Vectors.load(saved, DIMENSIONS)) == 123
-
-
-def test_the_larger_a_graph_is_the_further_it_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_module, "_LOOK_EVERY", 8)
-    monkeypatch.setattr(graph_module, "WIDTHS_SEARCHING", ((0, 32), (16, 64)))
-    graph = graph_module.Graph(8)
-    codes = np.random.default_rng(0).integers(-127, 127, (16, 8), np.int8)
-    for number in range(15):
-        graph.add(number, codes[number])
-    assert graph._index.expansion_search == 32
-    graph.add(15, codes[15])
-    assert graph._index.expansion_search == 64

@@ -1,8 +1,8 @@
 """The nearest of many vectors, by space: a search sees the vectors of its own space alone.
 
-While a space is small every vector of it is compared (`rows`): exact, and quicker than anything cleverer. A larger space is a
-graph (`graph`). New vectors of a large space are rows first, compared one by one, until a thread has put them into the graph:
-they are found at once, and whoever adds does not wait. A search waits at most while one vector is put into the graph it asks.
+While a space is small every vector of it is compared (`rows`): exact, and quicker than anything cleverer. A larger space lies
+in cells, of which a search looks at the nearest (`cells`). New vectors of a large space are rows first, compared one by one,
+until a thread has put them into their cells: they are found at once, and whoever adds does not wait.
 
 Vectors are kept with eight bits for each dimension, which changes a similarity by less than 0.002 (`docs/semantic-index.md`).
 """
@@ -19,26 +19,26 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from anaphora.vectors.cells import Cells
 from anaphora.vectors.file import Saved, VectorsDamaged, read, remove, write
-from anaphora.vectors.graph import Graph
-from anaphora.vectors.rows import Rows, encode, encode_one, nearest
+from anaphora.vectors.rows import Rows, encode, nearest
 
 __all__ = ["SMALL", "Vectors", "VectorsDamaged", "remove"]
 
 log = logging.getLogger(__name__)
 
 SMALL = 500
-"""So many vectors are compared about as quickly as they are searched in a graph (`benchmarks/vectors.py`)."""
+"""So many vectors are compared about as quickly as they are searched in cells (`benchmarks/vectors.py`)."""
 MAX_COMPARED = 2000
-"""Of rows that are not in the graph yet, as many of the newest are compared, so that a search stays quick while very many come
-at once. The rest is found when it is in the graph."""
+"""Of rows that are not in cells yet, as many of the newest are compared, so that a search stays quick while very many come at
+once. The rest is found when it is in its cells."""
 
 _SPARE = 4
 """Found beyond those asked for while some of them may be removed already."""
 
 
 class Vectors:
-    """Safe to use from several threads. Nobody waits for the disk or the building of graphs but who calls `save`, `load` or
+    """Safe to use from several threads. Nobody waits for the disk or the filling of cells but who calls `save`, `load` or
     `settle`.
 
     An id is added once and never again, removed or not. Ids are below 2 to the 62.
@@ -51,7 +51,7 @@ class Vectors:
         self._changes = threading.Condition(threading.Lock())
         """Held for a moment by whoever looks at or changes a space's fields."""
         self._merging = threading.Lock()
-        """Held by whoever changes graphs. Searches do not need it."""
+        """Held by whoever changes cells. Searches do not need it."""
         self._due: dict[bytes, None] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -64,7 +64,7 @@ class Vectors:
 
     @property
     def num_waiting(self) -> int:
-        """Vectors of large spaces that are not in their graph yet."""
+        """Vectors of large spaces that are not in their cells yet."""
         with self._changes:
             return sum(len(self._spaces[space].rows) for space in self._due if space in self._spaces)
 
@@ -72,7 +72,7 @@ class Vectors:
     def num_bytes(self) -> int:
         with self._changes:
             spaces = list(self._spaces.values())
-        return sum(space.rows.num_bytes + (space.graph.num_bytes if space.graph is not None else 0) for space in spaces)
+        return sum(space.rows.num_bytes + (space.cells.num_bytes if space.cells is not None else 0) for space in spaces)
 
     def ids(self) -> dict[bytes, set[int]]:
         """By space."""
@@ -105,9 +105,9 @@ class Vectors:
             if found is None:
                 return
             for identity in ids:
-                if not found.rows.remove(identity) and found.graph is not None:
+                if not found.rows.remove(identity) and found.cells is not None:
                     found.gone.add(identity)
-            if not found.rows and found.graph is None:
+            if not found.rows and found.cells is None:
                 del self._spaces[space]
             else:
                 self._heed(space, found)
@@ -124,18 +124,19 @@ class Vectors:
             found = self._spaces.get(space)
             if found is None or k < 1:
                 return []
-            # Rows first: what goes over into the graph meanwhile is found in either.
-            rows, graph, gone = found.rows.newest(MAX_COMPARED), found.graph, found.gone
+            # Rows first: what goes over into a cell meanwhile is found in either.
+            rows, cells, gone = found.rows.newest(MAX_COMPARED), found.cells, found.gone
         asked = np.asarray(vector, np.float32)
         if asked.shape != (self.dimensions,) or not 0.0 < (squared := float(asked @ asked)) < math.inf:
             raise ValueError(f"not a vector of {self.dimensions} dimensions with a direction")
+        asked = asked / np.float32(math.sqrt(squared))
         wanted = k + _SPARE if gone else k
-        near = nearest(rows, asked / np.float32(math.sqrt(squared)), wanted) if len(rows[0]) else []
-        if graph is not None and len(graph):
-            near = _merged(near, graph.search(encode_one(asked), wanted))
+        near = nearest(rows, asked, wanted) if len(rows[0]) else []
+        if cells is not None:
+            near = _merged(near, cells.search(asked, wanted))
         return list(islice((pair for pair in near if pair[0] not in gone), k))
 
-    # -- the graphs ----------------------------------------------------------------------------------------------------
+    # -- the cells -----------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Return when everything that was added is where it belongs."""
@@ -151,7 +152,7 @@ class Vectors:
             self._thread.join()
 
     def _heed(self, name: bytes, space: _Space) -> None:
-        if self._closed or (space.graph is None and len(space.rows) <= self._small):
+        if self._closed or (space.cells is None and len(space.rows) <= self._small):
             return
         self._due[name] = None
         if self._thread is None:
@@ -170,13 +171,13 @@ class Vectors:
                 with self._merging:
                     self._step(name)
             except Exception:  # no memory, say: its rows are still compared
-                log.exception("vectors could not be put into their graph")
+                log.exception("vectors could not be put into their cells")
                 with self._changes:
                     self._due.pop(name, None)
                     self._changes.notify_all()
 
     def _step(self, name: bytes) -> None:
-        """One vector out of its graph or into it."""
+        """One vector out of its cell or into it."""
         with self._changes:
             space = self._spaces.get(name)
             first = None if space is None else space.rows.first()
@@ -184,31 +185,31 @@ class Vectors:
             if space is None or (gone is None and first is None):
                 self._finish(name, space)
                 return
-            graph = space.graph
-        if graph is None:
-            graph = Graph(self.dimensions)
+            cells = space.cells
+        if cells is None:
+            cells = Cells(self.dimensions)
             with self._changes:
-                space.graph = graph
+                space.cells = cells
         if gone is not None:
-            graph.remove(gone)
+            cells.remove(gone)
             with self._changes:
                 space.gone.discard(gone)
         elif first is not None:
-            graph.add(*first)
+            cells.add(*first)
             with self._changes:
                 if not space.rows.drop_first(first[0]):  # removed meanwhile
                     space.gone.add(first[0])
 
     def _finish(self, name: bytes, space: _Space | None) -> None:
         del self._due[name]
-        if space is not None and space.graph is not None and not len(space.graph):
+        if space is not None and space.cells is not None and not len(space.cells):
             del self._spaces[name]
         self._changes.notify_all()
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Into `path`, at once or not at all; nothing that was removed is in it. Vectors are not put into graphs meanwhile.
+        """Into `path`, at once or not at all; nothing that was removed is in it. Vectors are not put into cells meanwhile.
         Raises OSError."""
         with self._merging:
             with self._changes:
@@ -216,16 +217,15 @@ class Vectors:
             write(path, self.dimensions, (self._saved(*pair) for pair in spaces))
 
     def _saved(self, name: bytes, space: _Space) -> Saved:
-        if space.graph is not None:
+        if space.cells is not None:
             with self._changes:
                 gone = list(space.gone)
             for identity in gone:
-                space.graph.remove(identity)
+                space.cells.remove(identity)
             with self._changes:
                 space.gone.difference_update(gone)
-            space.graph.scrub()
         with self._changes:
-            return Saved(name, *space.rows.live(), space.graph)
+            return Saved(name, *space.rows.live(), space.cells)
 
     @classmethod
     def load(cls, path: Path, dimensions: int, *, small: int = SMALL) -> Vectors:
@@ -234,33 +234,33 @@ class Vectors:
         spaces = read(path, dimensions)
         with vectors._changes:
             for saved in spaces:
-                space = vectors._spaces[saved.space] = _Space(dimensions, saved.graph)
+                space = vectors._spaces[saved.space] = _Space(dimensions, saved.cells)
                 space.rows.extend(saved.ids, saved.codes)
                 vectors._heed(saved.space, space)
         return vectors
 
 
 class _Space:
-    """The rows and the graph share no id, but that a row may just be on its way over. `gone`: of the graph, removed."""
+    """The rows and the cells share no id, but that a row may just be on its way over. `gone`: of the cells, removed."""
 
-    __slots__ = ("gone", "graph", "rows")
+    __slots__ = ("cells", "gone", "rows")
 
-    def __init__(self, dimensions: int, graph: Graph | None = None) -> None:
+    def __init__(self, dimensions: int, cells: Cells | None = None) -> None:
         self.rows = Rows(dimensions)
-        self.graph = graph
+        self.cells = cells
         self.gone: set[int] = set()
 
     def __len__(self) -> int:
-        in_graph = 0 if self.graph is None else len(self.graph) - len(self.gone)
-        return len(self.rows) + in_graph
+        in_cells = 0 if self.cells is None else len(self.cells) - len(self.gone)
+        return len(self.rows) + in_cells
 
     def ids(self) -> set[int]:
         ids = set(self.rows.live()[0].tolist())
-        return ids if self.graph is None else ids | set(self.graph.ids().tolist()) - self.gone
+        return ids if self.cells is None else ids | set(self.cells.ids().tolist()) - self.gone
 
 
-def _merged(rows: list[tuple[int, float]], graph: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def _merged(rows: list[tuple[int, float]], cells: list[tuple[int, float]]) -> list[tuple[int, float]]:
     if not rows:
-        return graph
-    found = dict(graph) | dict(rows)
+        return cells
+    found = dict(cells) | dict(rows)
     return sorted(found.items(), key=lambda pair: -pair[1])

@@ -1,7 +1,7 @@
 """Vectors in a file: everything in one, with a checksum over all of it, put in its place when it is whole.
 
 magic, format, dimensions
-for each space: its rows (ids, codes), its graph
+for each space: its rows (ids, codes), its cells
 table of the spaces, its length
 checksum
 """
@@ -23,16 +23,15 @@ import msgspec
 import numpy as np
 
 from anaphora.errors import AnaphoraError
-from anaphora.vectors.graph import Graph
+from anaphora.vectors.cells import Cells
 from anaphora.vectors.rows import Codes, Ids
 
-FORMAT = 1
+FORMAT = 2
 
 _MAGIC = b"anaphvec"
 _HEAD = struct.Struct("<8sII")
 _LENGTH = struct.Struct("<Q")
 _DIGEST = 16
-_CHUNK = 1 << 20
 
 
 class VectorsDamaged(AnaphoraError):
@@ -45,19 +44,19 @@ class Saved(msgspec.Struct):
     space: bytes
     ids: Ids
     codes: Codes
-    graph: Graph | None = None
+    cells: Cells | None = None
 
 
 class _Placed(msgspec.Struct, array_like=True):
     space: bytes
     num_rows: int
-    graph_bytes: int
+    cells_bytes: int
 
 
 def write(path: Path, dimensions: int, spaces: Iterable[Saved]) -> None:
     """Atomic: whoever reads finds the file of before, or this one. Raises OSError."""
     with _workplace(path) as workplace:
-        whole, part = workplace / "whole", workplace / "part"
+        whole = workplace / "whole"
         with open(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as file:
             output = _Summed(file)
             output.write(_HEAD.pack(_MAGIC, FORMAT, dimensions))
@@ -65,12 +64,10 @@ def write(path: Path, dimensions: int, spaces: Iterable[Saved]) -> None:
             for saved in spaces:
                 output.write(np.ascontiguousarray(saved.ids, "<i8").tobytes())
                 output.write(np.ascontiguousarray(saved.codes).tobytes())
-                if saved.graph is not None:
-                    saved.graph.save(part)
-                    with part.open("rb") as graph:
-                        while chunk := graph.read(_CHUNK):
-                            output.write(chunk)
-                size = part.stat().st_size if saved.graph is not None else 0
+                size = 0
+                for part in saved.cells.parts() if saved.cells is not None else ():
+                    output.write(part)
+                    size += len(part)
                 table.append(_Placed(saved.space, len(saved.ids), size))
             encoded = msgspec.msgpack.encode(table)
             output.write(encoded)
@@ -118,12 +115,12 @@ def _parse(content: memoryview, dimensions: int) -> list[Saved]:
     spaces, place = [], _HEAD.size
     for placed in table:
         codes_at = place + 8 * placed.num_rows
-        graph_at = codes_at + dimensions * placed.num_rows
+        cells_at = codes_at + dimensions * placed.num_rows
         ids = np.frombuffer(content[place:codes_at], "<i8").astype(np.int64)
-        codes = np.frombuffer(content[codes_at:graph_at], np.int8).reshape(-1, dimensions).copy()
-        place = graph_at + placed.graph_bytes
-        graph = Graph.restored(dimensions, content[graph_at:place]) if placed.graph_bytes else None
-        spaces.append(Saved(placed.space, ids, codes, graph))
+        codes = np.frombuffer(content[codes_at:cells_at], np.int8).reshape(-1, dimensions).copy()
+        place = cells_at + placed.cells_bytes
+        cells = Cells.restored(dimensions, content[cells_at:place]) if placed.cells_bytes else None
+        spaces.append(Saved(placed.space, ids, codes, cells))
     return spaces
 
 

@@ -36,6 +36,12 @@ def encode_one(vector: Floats) -> Codes:
     return code
 
 
+def inverse_lengths(codes: Codes) -> Floats:
+    """What makes a row's similarity of its product with a vector of length one."""
+    lengths: Floats = np.linalg.norm(codes.astype(np.float32), axis=1)
+    return 1.0 / lengths
+
+
 class Rows:
     """Rows in the order they came. Arrays that were handed out are never written to again, but that removed rows are
     cleared."""
@@ -61,7 +67,7 @@ class Rows:
         place = slice(self._stop, self._stop + len(ids))
         self._ids[place] = ids
         self._codes[place] = codes
-        self._scales[place] = 1.0 / np.linalg.norm(codes.astype(np.float32), axis=1)
+        self._scales[place] = inverse_lengths(codes)
         self._stop += len(ids)
         self._num_live += len(ids)
 
