@@ -27,7 +27,7 @@ __all__ = ["SMALL", "Vectors", "VectorsDamaged", "remove"]
 
 log = logging.getLogger(__name__)
 
-SMALL = 500
+SMALL = 1000
 """So many vectors are compared about as quickly as they are searched in cells (`benchmarks/vectors.py`)."""
 MAX_COMPARED = 2000
 """Of rows that are not in cells yet, as many of the newest are compared, so that a search stays quick while very many come at

@@ -19,7 +19,7 @@ from anaphora.vectors.rows import DEAD, Codes, Floats, Ids, inverse_lengths
 
 MOST = 256
 """Vectors of a cell. One more, and it is divided in two."""
-SCANNED = 3000
+SCANNED = 2000
 """So many vectors are looked at by their signs, by whole cells, the nearest first."""
 COMPARED = 64
 """So many of them are compared in full: those whose signs agree best. More where vectors are short, as signs say less there."""
@@ -27,7 +27,7 @@ _SIGNS_COMPARED: Final = 16_384
 _NEIGHBOURS = 16
 """Cells around one that is divided, whose vectors may change over."""
 _GROWTH = 1.25
-ENTRY_BYTES = 150
+ENTRY_BYTES = 215
 """Of a vector beside its components and signs: where it lies, by its id; measured."""
 
 _HEAD = struct.Struct("<Q")
@@ -119,10 +119,9 @@ class Cells:
                 apart = np.bitwise_count(columns[:-1] ^ asked).sum(axis=0, dtype=np.uint16)
                 furthest = np.searchsorted(np.bincount(apart).cumsum(), num_compared)
                 places = places[apart <= furthest]
-            ids, codes, scales = self._ids[places], self._codes[places], self._scales[places]
-        similarities = (codes.astype(np.float32) @ vector) * scales
-        first = np.argsort(-similarities)[:k]
-        return list(zip(ids[first].tolist(), similarities[first].tolist(), strict=True))
+            similarities = (self._codes[places].astype(np.float32) @ vector) * self._scales[places]
+            first = np.argsort(-similarities)[:k]
+            return list(zip(self._ids[places[first]].tolist(), similarities[first].tolist(), strict=True))
 
     def _around(self, vector: Floats, num: int) -> list[_Words]:
         """The cells whose centroids are nearest, until they have `num` vectors."""
