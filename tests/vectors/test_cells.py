@@ -177,6 +177,28 @@ def test_a_search_beside_a_division_finds_everything(where: str, monkeypatch: py
     holds_together(cells)
 
 
+def test_where_a_cell_cannot_be_divided_nothing_is_lost_or_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = directions(30)
+    codes = encode(stored)
+    cells = Cells(DIMENSIONS)
+
+    def no_memory(vectors: Floats) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells_module, "halved", no_memory)
+        for identity in range(8):
+            cells.add(identity, codes[identity])
+        with pytest.raises(MemoryError):
+            cells.add(8, codes[8])
+        cells.add(8, codes[8])  # as whoever adds tries again
+        holds_together(cells)
+    for identity in range(9, 30):
+        cells.add(identity, codes[identity])
+    holds_together(cells)
+    assert sorted(identity for identity, _ in cells.search(stored[0], 50)) == list(range(30))
+
+
 def test_searches_beside_changes_take_no_vector_for_another() -> None:
     """Places are freed and taken again all the time; what stands is always found, with its own similarity."""
     stored = directions(600)

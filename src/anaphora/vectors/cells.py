@@ -73,7 +73,9 @@ class Cells:
     # -- adding and removing -------------------------------------------------------------------------------------------
 
     def add(self, identity: int, code: Codes) -> None:
-        """An id that is not there yet."""
+        """One that is there stays as it is: where dividing its cell failed, it may come again."""
+        if identity in self._places:
+            return
         place = self._room()
         column = self._columns(code[np.newaxis], np.array([place]))
         vector = direction(code.astype(np.float32))

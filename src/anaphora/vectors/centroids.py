@@ -14,7 +14,7 @@ FEW = 1000
 """So many are compared in about the time that a graph takes, and without its misses."""
 LINKS = 16
 WIDTH = 64
-"""Of the nearest found so far, as many are kept while nearer ones are looked for."""
+"""Of the graph: links of each, and how many of the nearest found so far are kept while nearer ones are looked for."""
 _ROUNDS = 6
 """Of two-means."""
 
