@@ -231,6 +231,7 @@ def test_what_is_computed_anyway_becomes_the_evidence_by_which_answers_are_given
             _until(lambda: _compared(url))
             seen = []
             for number in range(1, 40):
+                sleep(0.05)  # labels are read back four times a second
                 # The echo engine says what it was asked, so the answers are the same, but for case and marks.
                 text = f"{'How do I' if number % 2 else 'HOW DO I'} reset my password{'!' * number}"
                 raw = client.chat.completions.with_raw_response.create(
