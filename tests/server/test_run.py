@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -123,3 +126,19 @@ def test_a_taken_port_and_an_open_address_without_keys_are_refused_in_words(serv
             pass
     with pytest.raises(AssertionError, match="API keys"), serve("", "--host", "0.0.0.0"):
         pass
+
+
+@pytest.mark.parametrize("wished", [None, "3"])
+def test_numpy_computes_in_one_thread_unless_told_otherwise(wished: str | None) -> None:
+    """What it reads when it is imported is set before that."""
+    script = """
+import os, sys
+import anaphora.server.run
+from anaphora.cli import main
+anaphora.server.run.serve = lambda *_: print("numpy" in sys.modules, os.environ["OPENBLAS_NUM_THREADS"])
+main(["serve", "--engine", "echo"])
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    environ |= {"OPENBLAS_NUM_THREADS": wished} if wished else {}
+    ran = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.split() == ["False", wished or "1"]

@@ -168,6 +168,7 @@ def _child_environment(options: EngineOptions) -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,  # the gateway's own is 1
         # Idle compute threads spin for some tens of microseconds, the gap between two layers, and then sleep: the gateway
         # shares these cores. libgomp's default would let them spin for milliseconds.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "2000"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from anaphora.cli.parsing import Commands, add_command, add_config_flag
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     for warning in loaded.warnings:
         print(f"anaphora: warning: {warning}", file=sys.stderr)
 
+    # NumPy's own threads: a question is compared with a few thousand vectors, which is done sooner than they have met.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from anaphora.server.run import serve
 
     if not sys.stderr.isatty():
