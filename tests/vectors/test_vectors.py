@@ -1,4 +1,4 @@
-"""Vectors: what is added is found, what was removed is not, whatever the graph is doing meanwhile."""
+"""Vectors: what is added is found, what was removed is not, whatever the cells are doing meanwhile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from anaphora.vectors import Vectors, VectorsDamaged
 from anaphora.vectors.cells import Cells
-from anaphora.vectors.rows import encode, encode_one
+from anaphora.vectors.rows import Codes, encode, encode_one
 
 Floats = npt.NDArray[np.float32]
 
@@ -122,10 +123,10 @@ class Gate:
         self.entered, self.open = threading.Event(), threading.Event()
         add = Cells.add
 
-        def gated(cells: Cells, identity: int, code: object) -> None:
+        def gated(cells: Cells, identity: int, code: Codes) -> None:
             self.entered.set()
             assert self.open.wait(60)
-            add(cells, identity, code)  # type: ignore[arg-type]
+            add(cells, identity, code)
 
         monkeypatch.setattr(Cells, "add", gated)
 
@@ -288,6 +289,14 @@ def test_a_foreign_file_is_refused(saved: Path, tmp_path: Path) -> None:
         Vectors.load(saved, DIMENSIONS + 1)
     with pytest.raises(FileNotFoundError):
         Vectors.load(tmp_path / "none", DIMENSIONS)
+
+
+def test_a_file_of_an_earlier_format_is_refused(saved: Path) -> None:
+    content = bytearray(saved.read_bytes()[:-16])
+    content[8:12] = (1).to_bytes(4, "little")
+    saved.write_bytes(content + blake2b(content, digest_size=16).digest())
+    with pytest.raises(VectorsDamaged, match="format 1, not 2"):
+        Vectors.load(saved, DIMENSIONS)
 
 
 def test_nobody_else_may_read_the_file(saved: Path) -> None:

@@ -41,7 +41,7 @@ class Vectors:
     """Safe to use from several threads. Nobody waits for the disk or the filling of cells but who calls `save`, `load` or
     `settle`.
 
-    An id is added once and never again, removed or not. Ids are below 2 to the 62.
+    An id is added once and never again, removed or not. Ids are not negative, and below 2 to the 63.
     """
 
     def __init__(self, dimensions: int, *, small: int = SMALL) -> None:

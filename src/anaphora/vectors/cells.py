@@ -78,11 +78,12 @@ class Cells:
             return
         place = self._room()
         column = self._columns(code[np.newaxis], np.array([place]))
-        vector = direction(code.astype(np.float32))
+        scale = inverse_lengths(code[np.newaxis])[0]
+        vector = code * scale
         home = next(iter(self._centroids.nearest(vector, 1)), None)
         with self._lock:
             self._codes[place] = code
-            self._scales[place] = inverse_lengths(code[np.newaxis])[0]
+            self._scales[place] = scale
             self._ids[place] = identity
             if home is None:
                 self._open(column, vector)
