@@ -117,13 +117,12 @@ class Cells:
             if not cells:
                 return []
             columns = np.concatenate(cells, axis=1)
-            places = columns[-1]
+            places = columns[-1].astype(np.intp)
             if len(places) > num_compared:
-                apart = np.bitwise_count(columns[:-1] ^ asked).sum(axis=0, dtype=np.uint16)
-                furthest = np.searchsorted(np.bincount(apart).cumsum(), num_compared)
-                places = places[apart <= furthest]
-            similarities = (self._codes[places].astype(np.float32) @ vector) * self._scales[places]
-            first = np.argsort(-similarities)[:k]
+                apart = np.bitwise_count(columns[:-1] ^ asked).sum(axis=0, dtype=np.int32)
+                places = places[apart <= np.partition(apart, num_compared - 1)[num_compared - 1]]
+            similarities = (self._codes.take(places, axis=0).astype(np.float32) @ vector) * self._scales[places]
+            first = (-similarities).argsort()[:k]
             return list(zip(self._ids[places[first]].tolist(), similarities[first].tolist(), strict=True))
 
     def _around(self, vector: Floats, num: int) -> list[_Words]:

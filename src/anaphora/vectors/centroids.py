@@ -63,9 +63,9 @@ class Centroids:
         if len(self._numbers) > FEW:
             found: list[int] = self._graph.search(encode_one(vector), k, threads=1).keys.tolist()
             return found
-        far = -(self._table[: len(self._numbers)] @ vector)
-        first = np.argpartition(far, k)[:k] if k < len(far) else np.arange(len(far))
-        return [self._numbers[row] for row in first[np.argsort(far[first])].tolist()]
+        far = self._table[: len(self._numbers)].dot(-vector)
+        first = far.argpartition(k)[:k] if k < len(far) else np.arange(len(far))
+        return [self._numbers[row] for row in first[far[first].argsort()].tolist()]
 
 
 def direction(vector: Floats) -> Floats:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -56,20 +55,20 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
     marks: dict[str, tuple[str, ...]] = {}
     turning = []
     for places, key, own in found:
+        opposites, negated = [], False
         for group, value in own:
-            if group in ("modality", "tense") and not _asked(tokens, places[0], words):
+            if group == "opposite":
+                opposites.append(value)
                 continue
-            if group != "opposite":
-                marks[group] = (*marks.get(group, ()), value)
+            if group == "negation":
+                negated = True
+            elif group in ("modality", "tense") and not _asked(tokens, places[0], words):
+                continue
+            marks[group] = (*marks.get(group, ()), value)
         # Negations are counted, not compared.
-        opposites = tuple(value for group, value in own if group == "opposite")
-        if opposites and all(group != "negation" for group, _ in own):
-            turning.append((key, opposites))
-    roles, agents = _roles(tokens, words)
-    telling = [token for token in tokens if token.content or token.low in words.prepositions]
-    governed = frozenset(
-        [token.stem for before, token in pairwise(telling) if token.content and before.low in words.prepositions]
-    )
+        if opposites and not negated:
+            turning.append((key, tuple(opposites)))
+    roles, agents, governed = _roles(tokens, words)
     return Facts(
         marks=marks,
         turning=tuple(turning),
@@ -88,15 +87,20 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
 
 
 def wording_of(tokens: Sequence[Token]) -> Wording:
-    words: list[Token] = [token for token in tokens if token.content and token.kind == "word"]
-    known = [token.low for token in tokens]
-    known += [token.stem for token in tokens]
-    carrying = [token.low for token in words]
-    carrying += [token.stem for token in words]
+    known: list[str] = []
+    carrying: list[str] = []
+    codes: list[str] = []
+    for token in tokens:
+        low, stem = token.low, token.stem
+        known += (low, stem)
+        if token.content and token.kind == "word":
+            carrying += (low, stem)
+        elif token.kind == "code":
+            codes.append(token.text)
     return Wording(
         frozenset(known),
         frozenset(carrying),
-        tuple(sorted([token.text for token in tokens if token.kind == "code"])),
+        tuple(sorted(codes)),
         frozenset([token.stem for token in tokens if token.text.endswith("'s") and token.text[:1].isupper()]),
     )
 
@@ -113,16 +117,17 @@ def _asked(tokens: Sequence[Token], place: int, words: Lexicon) -> bool:
 _Found = tuple[Sequence[int], str, tuple[Mark, ...]]
 
 
-def _marked(tokens: Sequence[Token], known: Set[str], words: Lexicon) -> Iterator[_Found]:
+def _marked(tokens: Sequence[Token], known: frozenset[str], words: Lexicon) -> Iterator[_Found]:
     """Places, key and marks of each marked word; the words of a phrase have none of their own."""
     taken: set[int] = set()
-    starts = words.phrases
+    ends = words.ends
     for place, token in enumerate(tokens):
-        phrases = starts.get(token.stem if token.content else token.low, ())
+        start = token.stem if token.content else token.low
+        # Most end in a word that is not there.
+        phrases = words.phrases[start] if start in ends and not known.isdisjoint(ends[start]) else ()
         if place in taken or not (phrases or token.marks):
             continue
         for phrase in phrases:
-            # Most end in a word that is not there.
             if (phrase.words[-1] in known or phrase.stems[-1] in known) and (places := _phrase_at(tokens, place, phrase)):
                 taken.update(places)
                 same = [other.marks for other in phrases if other.words == phrase.words and other.apart == phrase.apart]
@@ -196,20 +201,28 @@ def _is_capital(token: Token, words: Lexicon) -> bool:
 _SAME_ROLE = {"со": "с", "во": "в", "ко": "к", "обо": "о", "об": "о", "изо": "из", "del": "de", "al": "a", "vs": "versus"}
 
 
-def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], frozenset[str]]:
-    """In the order of the words."""
+def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], frozenset[str], frozenset[str]]:
+    """Roles in the order of the words, agents, and what is governed."""
     roles: dict[str, str] = {}
-    twice = set()
-    role = ""
+    twice, governed = set(), []
+    role, governs = "", False
     for token in tokens:
-        if token.low in words.prepositions:
-            role = _SAME_ROLE.get(token.low, token.low)
-        elif token.low in words.asking:
-            role = ""  # in which year did he
-        elif token.content:
-            if token.stem in roles:
-                twice.add(token.stem)
-            roles[token.stem] = role
+        low = token.low
+        if low in words.prepositions:
+            if token.content and governs:
+                governed.append(token.stem)
+            role, governs = _SAME_ROLE.get(low, low), True
+        else:
+            if low in words.asking:
+                role = ""  # in which year did he
+            elif token.content:
+                if token.stem in roles:
+                    twice.add(token.stem)
+                roles[token.stem] = role
+            if token.content:
+                if governs:
+                    governed.append(token.stem)
+                governs = False
         if token.after:
             role = ""
     for stem in twice:
@@ -217,13 +230,12 @@ def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], fro
     agents: frozenset[str] = frozenset()
     if not words.passive.isdisjoint([token.low for token in tokens]):
         agents = frozenset(stem for stem, role in roles.items() if role == words.agent)
-    return roles, agents
+    return roles, agents, frozenset(governed)
 
 
 def _question(tokens: Sequence[Token], found: Sequence[_Found]) -> str:
     for (place, *_), _, marks in found:
         for group, value in marks:
-            before = tokens[place - 1] if place else None
-            if group == "question" and (before is None or tokens[place].opens or (place == 1 and not before.content)):
+            if group == "question" and (place == 0 or tokens[place].opens or (place == 1 and not tokens[0].content)):
                 return value
     return ""

@@ -98,10 +98,12 @@ SURFACE: Final = [
 
 
 def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
-    alike: npt.NDArray[np.float32] = a.vectors @ b.vectors.T
+    # What is small `dot` multiplies in half the time of `@`.
+    alike: npt.NDArray[np.float32] = a.vectors.dot(b.vectors.T)
     cells: list[list[float]] = alike.tolist()
     left_credit = {place: (max(cells[place]), 0) for place in match.left}
-    right_credit = {place: (max(row[place] for row in cells), 0) for place in match.right}
+    columns: list[tuple[float, ...]] = list(zip(*cells, strict=True)) if match.right else []
+    right_credit = {place: (max(columns[place]), 0) for place in match.right}
     counts = dict.fromkeys(RELATIONS, 0)
     closest_conflict = 0.0
     for i in match.left:
@@ -122,8 +124,8 @@ def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
     mine = _side(a, match.left, left_credit)
     theirs = _side(b, match.right, right_credit)
     total_a, total_b = sum(a.weights) or 1.0, sum(b.weights) or 1.0
-    shared = sum(a.weights[i] for i, _ in match.shared)
-    sense = float(a.sense @ b.sense)
+    shared = sum([a.weights[i] for i, _ in match.shared])
+    sense = float(a.sense.dot(b.sense))
     row: Row = [
         sense,
         similarity - sense,
@@ -144,31 +146,36 @@ def _content(a: Reading, b: Reading, match: Match, similarity: float) -> Row:
 
 def _side(reading: Reading, places: list[int], credit: dict[int, tuple[float, int]]) -> Row:
     """Of the words of one question that the other has not: how much is not made up for."""
+    if not places:
+        return list(_NOTHING_MISSING)
     missing = sorted((reading.weights[place] * (1.0 - credit[place][0]) for place in places), reverse=True)
     open_weights = [reading.weights[place] for place in places if credit[place][0] < 0.85]
     credits = sorted(credit[place][0] for place in places)
-    weakest = min(places, key=lambda place: credit[place][0], default=-1)
+    weakest = min(places, key=lambda place: credit[place][0])
     known = sum(reading.weights) or 1.0
     return [
         sum(missing),
         sum(missing) / known,
-        missing[0] if missing else 0.0,
+        missing[0],
         missing[1] if len(missing) > 1 else 0.0,
         float(len(open_weights)),
         sum(open_weights),
         max(open_weights, default=0.0),
-        credits[0] if credits else 1.0,
+        credits[0],
         credits[1] if len(credits) > 1 else 1.0,
-        sum(credits) / len(credits) if credits else 1.0,
-        reading.weights[weakest] if weakest >= 0 else 0.0,
-        weakest / max(1, len(reading.low) - 1) if weakest >= 0 else -1.0,
-        float(sum(1 for place in places if credit[place][1] & 2)),
-        float(sum(1 for place in places if credit[place][1] & 4)),
-        float(sum(1 for place in places if reading.low[place] in reading.names)),
-        float(sum(1 for place in places if reading.unknown[place])),
-        float(sum(1 for place in places if reading.frame[place])),
+        sum(credits) / len(credits),
+        reading.weights[weakest],
+        weakest / max(1, len(reading.low) - 1),
+        float(sum([1 for place in places if credit[place][1] & 2])),
+        float(sum([1 for place in places if credit[place][1] & 4])),
+        float(sum([1 for place in places if reading.low[place] in reading.names])),
+        float(sum([1 for place in places if reading.unknown[place]])),
+        float(sum([1 for place in places if reading.frame[place]])),
     ]
 
+
+_NOTHING_MISSING: Final = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""What `_side` gives where every word has its match."""
 
 SIDE: Final = [
     "missing", "missing_share", "missing_first", "missing_second", "open", "open_weight", "open_heaviest", "credit_least",
@@ -194,11 +201,11 @@ def _phrases(a: Reading, b: Reading, match: Match) -> Row:
     """What is left of both, each as one vector."""
     if not match.left or not match.right:
         return [-1.0, -1.0, -1.0]
-    left = np.array([a.weights[i] for i in match.left], dtype=np.float32) @ a.vectors[match.left]
-    right = np.array([b.weights[j] for j in match.right], dtype=np.float32) @ b.vectors[match.right]
-    left_length, right_length = float(np.sqrt(left @ left)) + 1e-6, float(np.sqrt(right @ right)) + 1e-6
-    whole = _both(float(left @ b.sense) / left_length, float(right @ a.sense) / right_length)
-    return [float(left @ right) / (left_length * right_length), *whole]
+    left = np.array([a.weights[i] for i in match.left], dtype=np.float32).dot(a.vectors[match.left])
+    right = np.array([b.weights[j] for j in match.right], dtype=np.float32).dot(b.vectors[match.right])
+    left_length, right_length = float(np.sqrt(left.dot(left))) + 1e-6, float(np.sqrt(right.dot(right))) + 1e-6
+    whole = _both(float(left.dot(b.sense)) / left_length, float(right.dot(a.sense)) / right_length)
+    return [float(left.dot(right)) / (left_length * right_length), *whole]
 
 
 def _lists(a: Reading, b: Reading) -> Row:
@@ -257,7 +264,9 @@ LISTS: Final = [
 def _order(a: Reading, b: Reading, match: Match) -> Row:
     places = [other for _, other in match.shared]
     pairs = len(places) * (len(places) - 1) / 2
-    turned = sum(1 for i, one in enumerate(places) for other in places[i + 1 :] if one > other)
+    turned = (
+        sum(1 for i, one in enumerate(places) for other in places[i + 1 :] if one > other) if places != sorted(places) else 0
+    )
     named = [other for mine, other in match.shared if a.low[mine] in a.names or a.content[mine].kind == "number"]
     turned_names = sum(1 for i, one in enumerate(named) for other in named[i + 1 :] if one > other)
     mine, theirs = dict(a.objects), dict(b.objects)

@@ -67,7 +67,10 @@ def _value(tokens: Sequence[Token], place: int, words: Lexicon) -> str | None:
     if token.kind != "word" or (token.low in words.attached and (place == 0 or tokens[place - 1].kind != "number")):
         return None
     if "-" not in token.low:
-        return next((value for group, value in token.marks if group == "number"), None)
+        for group, value in token.marks:
+            if group == "number":
+                return value
+        return None
     # twenty-one
     values = [value for part in token.low.split("-") for group, value in words.marks(part) if group == "number"]
     return _written(float(values[0]) + float(values[1])) if len(values) == 2 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -115,11 +116,11 @@ class Reading:
         self.weights = [word.weight for word in known]
         found = [word.number for word in known]
         self.vectors: npt.NDArray[np.float32] = lexicon.vectors(found) if found else np.zeros((1, 64), np.float32)
-        self.sense = _unit(np.array(self.weights or [0.0], dtype=np.float32) @ self.vectors)
+        self.sense = _unit(np.array(self.weights or [0.0], dtype=np.float32).dot(self.vectors))
         self.objects = _objects(tokens)
         self.bigrams = frozenset(pairwise(self.written))
         joined = " ".join(self.written)
-        self.trigrams = frozenset(map("".join, zip(joined, joined[1:], joined[2:], strict=False)))
+        self.trigrams = frozenset(zip(joined, joined[1:], joined[2:], strict=False))
         self.size = len(prepared.text)
 
 
@@ -155,7 +156,7 @@ def read(prepared: Prepared) -> Reading:
 
 
 def _unit(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return vector / np.float32(float(np.sqrt(vector @ vector)) + 1e-6)
+    return vector / np.float32(float(np.float32(math.sqrt(vector.dot(vector)))) + 1e-6)
 
 
 def _is_name(token: Token) -> bool:

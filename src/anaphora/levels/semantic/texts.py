@@ -117,7 +117,8 @@ def normal_form(text: str, plain: str | None = None) -> str:
         return unicodedata.normalize("NFC", text).strip()
     plain = plainly(text) if plain is None else plain
     plain = _LINES.sub("\n", _SPACE.sub(" ", plain)).strip() if "\n" in plain else " ".join(plain.split())
-    plain = _BEFORE_MARK.sub("", plain)
+    if " ." in plain or " ?" in plain or " ," in plain or " !" in plain or " :" in plain or " ;" in plain:
+        plain = _BEFORE_MARK.sub("", plain)
     if plain.count("?") + plain.count("!") > 1:
         plain = _REPEATED.sub(r"\1", plain)
     if "`" in plain:
@@ -148,13 +149,27 @@ _ASKING = frozenset().union(*(lexicon(language).asking for language in LANGUAGES
 
 def _folded(text: str) -> str:
     shouted = text.isupper() and len(_WORD.findall(text)) > 2
+    # Most have no capitals.
+    return " ".join(
+        [
+            part if part.islower() else _folded_part(part, opens=place == 0, shouted=shouted)
+            for place, part in enumerate(text.split(" "))
+        ]
+    )
+
+
+def _folded_part(text: str, *, opens: bool, shouted: bool) -> str:
+    if text.isalpha():
+        low = text.lower()
+        return low if _may_fold(text, low, first=opens, shouted=shouted, beside="") else text
     pieces, end = [], 0
     for word in _WORD.finditer(text):
         written = word.group()
         low = written.lower()
         if written == low:
             continue
-        if _may_fold(written, low, first=word.start() == 0, shouted=shouted, beside=text[word.end() : word.end() + 1]):
+        first = opens and word.start() == 0
+        if _may_fold(written, low, first=first, shouted=shouted, beside=text[word.end() : word.end() + 1]):
             pieces += [text[end : word.start()], low]
             end = word.end()
     return "".join([*pieces, text[end:]])

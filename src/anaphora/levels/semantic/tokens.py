@@ -64,7 +64,23 @@ def tokenised(text: str, words: Lexicon) -> tuple[Token, ...]:
     return tokens_of(pieces_of(text), words.language)
 
 
+_PLAIN = re.compile(
+    r"(?:[A-Za-zА-Яа-яЁё][a-zа-яё]*(?:['-][a-zа-яё]+)*[,;]? )*[A-Za-zА-Яа-яЁё][a-zа-яё]*(?:['-][a-zа-яё]+)*[.?!]?"
+)
+"""Words with single spaces, no capitals inside, hardly a mark: most questions."""
+
+
 def pieces_of(text: str) -> list[Piece]:
+    if _PLAIN.fullmatch(text) is None:
+        return _cut(text)
+    pieces: list[Piece] = [
+        ("word", word[:-1], False, word[-1]) if word[-1] in ",;.?!" else ("word", word, False, "") for word in text.split(" ")
+    ]
+    pieces[0] = ("word", pieces[0][1], True, pieces[0][3])
+    return pieces
+
+
+def _cut(text: str) -> list[Piece]:
     found = list(_TOKEN.finditer(text))
     ends = [*(match.start() for match in found[1:]), len(text)]
     pieces: list[Piece] = []

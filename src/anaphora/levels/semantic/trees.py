@@ -30,25 +30,28 @@ class Trees:
         self._thresholds = np.full((num_nodes, len(nodes)), np.inf)
         bits = np.uint32 if num_leaves <= 32 else np.uint64
         self._left = np.zeros((num_nodes, len(nodes)), bits)
-        self._values = np.zeros((num_leaves, len(nodes)))
+        values = np.zeros((len(nodes), num_leaves))
         for tree, (inner, outer) in enumerate(zip(nodes, leaves, strict=True)):
             places = [place for place, _ in inner]
             self._features[: len(inner), tree] = table["features"][places]
             self._thresholds[: len(inner), tree] = table["thresholds"][places]
             self._left[: len(inner), tree] = [left for _, left in inner]
-            self._values[: len(outer), tree] = table["values"][outer]
-        self._columns = np.arange(len(nodes))
+            values[tree, : len(outer)] = table["values"][outer]
+        self._values = values.ravel()
+        self._firsts = np.arange(len(nodes)) * num_leaves
         self._least = int(self._features.max()) + 1
 
     def score(self, row: Sequence[float]) -> float:
         """The sum of what the trees say, in log-odds. Raises ValueError where the row is too short."""
         if len(row) < self._least:
             raise ValueError(f"a row of {len(row)} values, fewer than {self._least}")
-        values = np.array(row, np.float64).take(self._features, mode="clip")  # the length is checked
+        # The length is checked; numpy is quickest where it need not be.
+        values = np.fromiter(row, np.float64, len(row)).take(self._features, mode="wrap")
         right = ~(values <= self._thresholds)
         ruled_out = np.bitwise_or.reduce(self._left * right, axis=0)
-        leaves = np.bitwise_count(ruled_out ^ (ruled_out + self._left.dtype.type(1))) - 1
-        return float(self._values[leaves, self._columns].sum())
+        free = ruled_out + self._left.dtype.type(1)
+        leaves = np.bitwise_count(ruled_out & ~free)
+        return float(self._values.take(self._firsts + leaves, mode="wrap").sum())
 
 
 def _taken_apart(following: Sequence[Sequence[int]], root: int) -> tuple[list[tuple[int, int]], list[int]]:

@@ -57,6 +57,8 @@ class Lexicon(msgspec.Struct, frozen=True):
     starts: dict[str, tuple[Mark, ...]]
     phrases: dict[str, tuple[Phrase, ...]]
     """By the stem of the first word, the longest first."""
+    ends: dict[str, frozenset[str]]
+    """Of those that begin so, the last words and their stems."""
     prefixes: frozenset[tuple[str, str]]
     """Pairs that turn a word around, without what they have in common at their ends: (im, ex) for import and export."""
     filler: frozenset[str]
@@ -178,6 +180,10 @@ def lexicon(language: Language) -> Lexicon:
         stems=stems,
         starts=starts,
         phrases=phrases,
+        ends={
+            start: frozenset(end for phrase in known for end in (phrase.words[-1], phrase.stems[-1]))
+            for start, known in phrases.items()
+        },
         prefixes=frozenset(_shortest(*pair) for pair in file.prefixes),
         filler=frozenset(irregular.get(word) or stem_of(word, endings) for word in file.filler.split()),
         soft=frozenset(file.soft.split()),
