@@ -73,7 +73,7 @@ def facts_of(tokens: Sequence[Token], words: Lexicon) -> Facts:
         marks=marks,
         turning=tuple(turning),
         numbers=numbers_of(tokens, words),
-        names=_names(tokens, words, found),
+        names=_names(tokens, found),
         roles=roles,
         governed=governed,
         order=order_of(roles),
@@ -172,30 +172,20 @@ def _counts(tokens: Sequence[Token], place: int, words: Lexicon) -> bool:
 _NAMED = ("name", "date", "language", "unit", "format")
 
 
-def _names(tokens: Sequence[Token], words: Lexicon, found: Sequence[_Found]) -> frozenset[str]:
-    capitals = [
-        (place, token, mixed)
-        for place, token in enumerate(tokens)
-        if token.kind == "word"
-        and not (token.text == token.low and token.text.isalpha())
-        and ((mixed := any(map(str.isdigit, token.low))) or _is_capital(token, words))
-    ]
+def _names(tokens: Sequence[Token], found: Sequence[_Found]) -> frozenset[str]:
+    capitals = [(place, token) for place, token in enumerate(tokens) if token.named]
     if not capitals or not any(token.text[-1:].islower() for token in tokens):
         return frozenset()  # none, or all of it is in capitals
-    named = {place for places, _, marks in found if any(group in _NAMED for group, _ in marks) for place in places}
+    named = {place for places, _, marks in found for group, _ in marks if group in _NAMED for place in places}
     inner = [token for token in tokens if token.kind == "word" and token.content and not token.opens]
-    titled = len(inner) > 4 and sum(token.text[:1].isupper() for token in inner) > 0.7 * len(inner)
+    titled = len(inner) > 4 and sum([token.text[:1].isupper() for token in inner]) > 0.7 * len(inner)
     return frozenset(
-        token.stem
-        for place, token, mixed in capitals
-        if (mixed or not titled) and place not in named and token.low not in FOLDED
+        [
+            token.stem
+            for place, token in capitals
+            if (token.named == "digits" or not titled) and place not in named and token.low not in FOLDED
+        ]
     )
-
-
-def _is_capital(token: Token, words: Lexicon) -> bool:
-    if token.text.isupper() and len(token.text) > 1 and (token.content or token.low in words.doubtful):
-        return True
-    return token.content and not token.opens and token.text[:1].isupper()
 
 
 _SAME_ROLE = {"со": "с", "во": "в", "ко": "к", "обо": "о", "об": "о", "изо": "из", "del": "de", "al": "a", "vs": "versus"}

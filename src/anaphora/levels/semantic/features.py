@@ -268,15 +268,13 @@ def _order(a: Reading, b: Reading, match: Match) -> Row:
         sum(1 for i, one in enumerate(places) for other in places[i + 1 :] if one > other) if places != sorted(places) else 0
     )
     named = [other for mine, other in match.shared if a.low[mine] in a.names or a.content[mine].kind == "number"]
-    turned_names = sum(1 for i, one in enumerate(named) for other in named[i + 1 :] if one > other)
+    turned_names = sum([1 for i, one in enumerate(named) for other in named[i + 1 :] if one > other])
     mine, theirs = dict(a.objects), dict(b.objects)
-    swapped = sum(1 for particle, what in a.objects if particle in theirs and theirs[particle] != what)
-    stems_a, stems_b = set(a.stems), set(b.stems)
-    roles = sum(
-        1
-        for particle, what in a.objects
-        if particle in theirs and theirs[particle] != what and what in stems_b and theirs[particle] in stems_a
-    )
+    others = [(what, theirs[particle]) for particle, what in a.objects if theirs.get(particle, what) != what]
+    swapped, roles = len(others), 0
+    if others:
+        stems_a, stems_b = set(a.stems), set(b.stems)
+        roles = sum([1 for what, other in others if what in stems_b and other in stems_a])
     compared = "than" in mine and "than" in theirs and mine["than"] != theirs["than"]
     passive = ("by" in a.particles) != ("by" in b.particles)
     return [

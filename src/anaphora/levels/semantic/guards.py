@@ -6,7 +6,6 @@ cannot read they refuse.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -176,9 +175,7 @@ def _turned(a: Prepared, b: Prepared) -> frozenset[str]:
     """The pairs of opposites of which each text has another side."""
     turned = {_MORE} if _clash("degree", a.facts, b.facts) else set[str]()
     if a.facts.turning != b.facts.turning:
-        one, other = Counter(a.facts.turning), Counter(b.facts.turning)
-        ours = {pair for _, pairs in one - other for pair in pairs}
-        theirs = {pair for _, pairs in other - one for pair in pairs}
+        ours, theirs = _sides_beyond(a.facts, b.facts), _sides_beyond(b.facts, a.facts)
         for pair in ours - theirs:
             back = ("-" if pair[0] == "+" else "+") + pair[1:]
             if back in theirs and back not in ours:
@@ -187,6 +184,18 @@ def _turned(a: Prepared, b: Prepared) -> frozenset[str]:
     if _derived(a, b):
         turned.add("derived" if "listed" not in turned else "listed")
     return frozenset(turned)
+
+
+def _sides_beyond(text: Facts, other: Facts) -> set[str]:
+    """Of the words that it has more often than the other."""
+    rest = list(other.turning)
+    sides: set[str] = set()
+    for word in text.turning:
+        if word in rest:
+            rest.remove(word)
+        else:
+            sides.update(word[1])
+    return sides
 
 
 def _derived(a: Prepared, b: Prepared) -> bool:

@@ -12,6 +12,8 @@ import msgspec
 from anaphora.levels.semantic.lexicon import FOLDED, Language, Lexicon, Mark, lexicon
 
 Kind = Literal["word", "number", "code"]
+Named = Literal["", "capital", "digits"]
+"""With a capital letter where words have none, or with digits among its letters."""
 
 
 class Token(msgspec.Struct, frozen=True, gc=False):
@@ -31,6 +33,8 @@ class Token(msgspec.Struct, frozen=True, gc=False):
     """What the lexicon says of it."""
     after: str
     """The punctuation between this and the next token, without spaces."""
+    named: Named = ""
+    """Whether it is written as a name."""
 
 
 _TOKEN = re.compile(
@@ -129,9 +133,20 @@ def _word(written: str, opens: bool, after: str, language: Language) -> tuple[To
             opens and place == 0,
             marks,
             after if place == last else "",
+            _named(written if place == 0 else part, part, content, opens and place == 0, lexicon(language)),
         )
         for place, (part, stem, content, marks) in enumerate(parts)
     )
+
+
+def _named(text: str, low: str, content: bool, opens: bool, words: Lexicon) -> Named:
+    if text == low and text.isalpha():
+        return ""
+    if any(map(str.isdigit, low)):
+        return "digits"
+    if text.isupper() and len(text) > 1 and (content or low in words.doubtful):
+        return "capital"
+    return "capital" if content and not opens and text[:1].isupper() else ""
 
 
 def _parts_of(low: str, language: Language) -> tuple[tuple[str, str, bool, tuple[Mark, ...]], ...]:
