@@ -84,4 +84,4 @@ def test_a_form_is_a_few_hundred_bytes() -> None:
 def test_forms_have_the_number_of_how_texts_are_taken_apart() -> None:
     """Where this fails because rules changed and not words of the lexicon, raise `FORM`; then write the new sum down."""
     said = msgspec.json.Encoder(order="deterministic").encode([again(text) for text in TEXTS])
-    assert sha256(said).hexdigest()[:12] == "a85a90beaa7a"
+    assert sha256(said).hexdigest()[:12] == "a09c7cfd3751"
