@@ -68,6 +68,7 @@ key_env = "SOAK_KEY"
 first_s = 5
 between_s = 2
 total_s = 10
+kv_tokens = 100_000
 """
 COMMAND = f"{shlex.quote(sys.executable)} -m anaphora serve --config {{config}} --port 0"
 MODELS = {"messages": "claude-opus-5", "chat": "gpt-4.1", "responses": "gpt-4.1"}

@@ -15,6 +15,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from anaphora.routing.base import BlocksCleared, BlocksRemoved, BlocksStored, CacheEvent, Question
 from anaphora.types import BlockHash
 
@@ -40,7 +42,9 @@ class Trail(NamedTuple):
     """(tokens up to here, touch when last used), from the head on."""
 
 
-class _Entry(NamedTuple):
+class _Entry(msgspec.Struct, frozen=True, gc=False):
+    """There may be tens of thousands, which the garbage collector need not walk."""
+
     size: int
     touch: int
 
