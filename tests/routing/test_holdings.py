@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,3 +65,12 @@ def test_events_of_the_replica_are_heeded_and_slower_places_told_apart() -> None
     assert holdings.match(asked).num_blocks == 1
     holdings.events([BlocksCleared()])
     assert holdings.match(asked).num_tokens == 0
+
+
+def test_what_is_held_is_nothing_for_the_garbage_collector() -> None:
+    holdings = Holdings()
+    gc.collect()
+    before = len(gc.get_objects())
+    holdings.sent(chain("a", 5_000))
+    gc.collect()
+    assert len(gc.get_objects()) - before < 500

@@ -198,21 +198,18 @@ def _roles(tokens: Sequence[Token], words: Lexicon) -> tuple[dict[str, str], fro
     role, governs = "", False
     for token in tokens:
         low = token.low
+        if token.content and governs:
+            governed.append(token.stem)
         if low in words.prepositions:
-            if token.content and governs:
-                governed.append(token.stem)
             role, governs = _SAME_ROLE.get(low, low), True
         else:
+            governs = governs and not token.content
             if low in words.asking:
                 role = ""  # in which year did he
             elif token.content:
                 if token.stem in roles:
                     twice.add(token.stem)
                 roles[token.stem] = role
-            if token.content:
-                if governs:
-                    governed.append(token.stem)
-                governs = False
         if token.after:
             role = ""
     for stem in twice:
