@@ -153,6 +153,48 @@ def test_while_a_vector_is_put_into_its_cell_everything_is_found_and_nobody_wait
     assert vectors.num_waiting == 0
 
 
+def test_what_is_removed_just_when_it_has_come_into_its_cell_is_found_no_more(
+    vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = directions(11)
+    vectors.add_many(A, range(10), stored[:10])
+    vectors.settle()
+    add = Cells.add
+    after: list[int] = []
+
+    def removed_at_once(cells: Cells, identity: int, code: Codes) -> None:
+        add(cells, identity, code)
+        vectors.remove(A, [identity])
+        after.extend(found for found, _ in vectors.search(A, stored[10], 11))
+
+    monkeypatch.setattr(Cells, "add", removed_at_once)
+    vectors.add(A, 10, stored[10])
+    vectors.settle()
+    assert sorted(after) == list(range(10))
+    assert vectors.ids() == {A: set(range(10))}
+    assert len(vectors) == 10
+
+
+def test_what_was_removed_before_a_search_is_not_found_if_it_leaves_its_cell_meanwhile(
+    vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = directions(10)
+    vectors.add_many(A, range(10), stored)
+    vectors.settle()
+    search = Cells.search
+
+    def meanwhile(cells: Cells, asked: Floats, k: int) -> list[tuple[int, float]]:
+        found = search(cells, asked, k)
+        vectors._merging.release()
+        vectors.settle()
+        return found
+
+    monkeypatch.setattr(Cells, "search", meanwhile)
+    vectors._merging.acquire()
+    vectors.remove(A, [3])
+    assert 3 not in {identity for identity, _ in vectors.search(A, stored[3], 10)}
+
+
 def test_a_space_that_is_dropped_while_its_cells_are_filled_stays_away(
     vectors: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:

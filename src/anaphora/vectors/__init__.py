@@ -13,7 +13,6 @@ import logging
 import math
 import threading
 from collections.abc import Collection, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +104,8 @@ class Vectors:
             if found is None:
                 return
             for identity in ids:
-                if not found.rows.remove(identity) and found.cells is not None:
+                was_row = found.rows.remove(identity)
+                if found.cells is not None and (not was_row or identity == found.moving):
                     found.gone.add(identity)
             if not found.rows and found.cells is None:
                 del self._spaces[space]
@@ -125,16 +125,18 @@ class Vectors:
             if found is None or k < 1:
                 return []
             # Rows first: what goes over into a cell meanwhile is found in either.
-            rows, cells, gone = found.rows.newest(MAX_COMPARED), found.cells, found.gone
+            rows, cells = found.rows.newest(MAX_COMPARED), found.cells
+            # As they are now: what goes out of its cell meanwhile would not be among them in the end.
+            gone = found.gone.copy()
         asked = np.asarray(vector, np.float32)
-        if asked.shape != (self.dimensions,) or not 0.0 < (squared := float(asked @ asked)) < math.inf:
+        if asked.shape != (self.dimensions,) or not 0.0 < (squared := float(asked.dot(asked))) < math.inf:
             raise ValueError(f"not a vector of {self.dimensions} dimensions with a direction")
         asked = asked / np.float32(math.sqrt(squared))
         wanted = k + _SPARE if gone else k
         near = nearest(rows, asked, wanted) if len(rows[0]) else []
         if cells is not None:
             near = _merged(near, cells.search(asked, wanted))
-        return list(islice((pair for pair in near if pair[0] not in gone), k))
+        return [pair for pair in near if pair[0] not in gone][:k]
 
     # -- the cells -----------------------------------------------------------------------------------------------------
 
@@ -186,6 +188,7 @@ class Vectors:
                 self._finish(name, space)
                 return
             cells = space.cells
+            space.moving = first[0] if first is not None and gone is None else None
         if cells is None:
             cells = Cells(self.dimensions)
             with self._changes:
@@ -241,14 +244,16 @@ class Vectors:
 
 
 class _Space:
-    """The rows and the cells share no id, but that a row may just be on its way over. `gone`: of the cells, removed."""
+    """The rows and the cells share no id, but that of the row that is on its way over (`moving`). `gone`: of the cells,
+    removed."""
 
-    __slots__ = ("cells", "gone", "rows")
+    __slots__ = ("cells", "gone", "moving", "rows")
 
     def __init__(self, dimensions: int, cells: Cells | None = None) -> None:
         self.rows = Rows(dimensions)
         self.cells = cells
         self.gone: set[int] = set()
+        self.moving: int | None = None
 
     def __len__(self) -> int:
         in_cells = 0 if self.cells is None else len(self.cells) - len(self.gone)

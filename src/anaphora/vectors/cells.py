@@ -121,7 +121,7 @@ class Cells:
             if len(places) > num_compared:
                 apart = np.bitwise_count(columns[:-1] ^ asked).sum(axis=0, dtype=np.int32)
                 places = places[apart <= np.partition(apart, num_compared - 1)[num_compared - 1]]
-            similarities = (self._codes.take(places, axis=0).astype(np.float32) @ vector) * self._scales[places]
+            similarities = self._codes.take(places, axis=0).astype(np.float32).dot(vector) * self._scales[places]
             first = (-similarities).argsort()[:k]
             return list(zip(self._ids[places[first]].tolist(), similarities[first].tolist(), strict=True))
 
