@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anaphora.routing import holdings as holdings_module
 from anaphora.routing.base import BlocksCleared, BlocksRemoved, BlocksStored
 from anaphora.routing.holdings import Holdings
 from anaphora.testing.routing import BLOCK, chain
@@ -74,3 +76,12 @@ def test_what_is_held_is_nothing_for_the_garbage_collector() -> None:
     holdings.sent(chain("a", 5_000))
     gc.collect()
     assert len(gc.get_objects()) - before < 500
+
+
+def test_of_a_replica_whose_capacity_is_not_known_the_latest_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holdings_module, "UNKNOWN_CAPACITY_TOKENS", 10 * BLOCK)
+    holdings = Holdings()
+    for number in range(50):
+        holdings.settled(holdings.sent(chain(f"question {number}", 1)))
+    assert holdings.num_tokens == len(holdings._entries) * BLOCK == 10 * BLOCK
+    assert holdings.match(chain("question 49", 1)).num_blocks == 1

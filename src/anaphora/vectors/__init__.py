@@ -105,7 +105,7 @@ class Vectors:
                 return
             for identity in ids:
                 was_row = found.rows.remove(identity)
-                if found.cells is not None and (not was_row or identity == found.moving):
+                if identity == found.moving or (not was_row and found.cells is not None):
                     found.gone.add(identity)
             if not found.rows and found.cells is None:
                 del self._spaces[space]

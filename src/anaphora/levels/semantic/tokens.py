@@ -68,9 +68,8 @@ def tokenised(text: str, words: Lexicon) -> tuple[Token, ...]:
     return tokens_of(pieces_of(text), words.language)
 
 
-_PLAIN = re.compile(
-    r"(?:[A-Za-zА-Яа-яЁё][a-zа-яё]*(?:['-][a-zа-яё]+)*[,;]? )*[A-Za-zА-Яа-яЁё][a-zа-яё]*(?:['-][a-zа-яё]+)*[.?!]?"
-)
+_PLAIN_WORD = r"[A-Za-zА-Яа-яЁё][a-zа-яё]*(?:['-][a-zа-яё]+)*"
+_PLAIN = re.compile(rf"(?:{_PLAIN_WORD}[,;]? )*{_PLAIN_WORD}[.?!]?")
 """Words with single spaces, no capitals inside, hardly a mark: most questions."""
 
 

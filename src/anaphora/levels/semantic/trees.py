@@ -45,7 +45,7 @@ class Trees:
         """The sum of what the trees say, in log-odds. Raises ValueError where the row is too short."""
         if len(row) < self._least:
             raise ValueError(f"a row of {len(row)} values, fewer than {self._least}")
-        # The length is checked; numpy is quickest where it need not be.
+        # The length is checked already: nothing wraps, and numpy is quickest so.
         values = np.fromiter(row, np.float64, len(row)).take(self._features, mode="wrap")
         right = ~(values <= self._thresholds)
         ruled_out = np.bitwise_or.reduce(self._left * right, axis=0)
